@@ -1,0 +1,1 @@
+"""The daemon: HTTP over a unix socket, and what keeps it single."""

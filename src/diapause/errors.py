@@ -1,0 +1,257 @@
+"""Every error that a person or a program can meet: one class each, one table.
+
+The first line of a class's docstring is its message template; ``code`` is stable and is what programs
+match on; ``exit_code`` is the command line's and ``status`` the API's. ``hint`` says what to do.
+Codes 10-19: what was named. 20-29: what was asked for. 30-39: the VMM. 40-49: stored data.
+50-59: the guest. 60-69: the daemon and its home.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class DiapauseError(Exception):
+    """Diapause failed in a way that it has no better word for: {cause}."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+    status: ClassVar[int] = 500
+    hint: ClassVar[str] = ""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The template of the class, filled in, on one line."""
+        template = (type(self).__doc__ or "").split("\n\n")[0]
+        return " ".join(template.format_map(_Fields(self.fields)).split())
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, or an empty string."""
+        return self.hint.format_map(_Fields(self.fields))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as the API and the catalog carry it."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "hint": self.advice,
+            "exit_code": self.exit_code,
+            "fields": {name: _plain(value) for name, value in self.fields.items()},
+        }
+
+
+class _Fields(dict[str, Any]):
+    def __missing__(self, name: str) -> str:
+        return "?"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+class InvalidRequest(DiapauseError):
+    """{what} is not valid: {cause}."""
+
+    code, exit_code, status = "invalid_request", 2, 400
+
+
+class NotSupportedYet(DiapauseError):
+    """{what} is part of the contract but this version does not do it yet."""
+
+    code, exit_code, status = "not_supported", 2, 501
+
+
+class SandboxNotFound(DiapauseError):
+    """There is no sandbox {reference!r}; there are: {candidates}."""
+
+    code, exit_code, status = "sandbox_not_found", 10, 404
+    hint = "`diapause ps -a` lists all of them."
+
+
+class SnapshotNotFound(DiapauseError):
+    """There is no snapshot {reference!r}; there are: {candidates}."""
+
+    code, exit_code, status = "snapshot_not_found", 11, 404
+    hint = "`diapause snapshot ls` lists all of them."
+
+
+class ImageNotFound(DiapauseError):
+    """There is no image {reference!r}; there are: {candidates}."""
+
+    code, exit_code, status = "image_not_found", 12, 404
+    hint = "`diapause image build {reference}` makes one, if it is a known flavour."
+
+
+class AmbiguousReference(DiapauseError):
+    """{reference!r} could be any of: {candidates}."""
+
+    code, exit_code, status = "ambiguous_reference", 13, 409
+    hint = "Write more of the id, or a name."
+
+
+class NameInUse(DiapauseError):
+    """The name {name!r} belongs to {owner} already."""
+
+    code, exit_code, status = "name_in_use", 14, 409
+    hint = "Choose another name, or remove its owner."
+
+
+class WrongState(DiapauseError):
+    """Sandbox {sandbox} is {state}; {verb} needs it {needed}."""
+
+    code, exit_code, status = "wrong_state", 15, 409
+    hint = "{advice}"
+
+
+class Busy(DiapauseError):
+    """Sandbox {sandbox} was busy with another verb for {waited_s:.0f} s."""
+
+    code, exit_code, status = "busy", 16, 409
+    hint = "Try again; `diapause inspect {sandbox}` says what it is doing."
+
+
+class NotEnoughMemory(DiapauseError):
+    """{what} needs {needed_bytes} bytes of memory; the host has {available_bytes} available."""
+
+    code, exit_code, status = "not_enough_memory", 20, 409
+    hint = "Ask for less with --memory, or pause a sandbox first."
+
+
+class NotEnoughSpace(DiapauseError):
+    """{what} needs {needed_bytes} bytes in {directory}; {available_bytes} are free."""
+
+    code, exit_code, status = "not_enough_space", 21, 507
+    hint = "Free some space there and try again; nothing was lost."
+
+
+class StorageFailed(DiapauseError):
+    """Writing {what} failed: {cause}."""
+
+    code, exit_code, status = "storage_failed", 22, 500
+    hint = "Check the file system below the home."
+
+
+class VmmMissing(DiapauseError):
+    """The VMM {program!r} is not installed."""
+
+    code, exit_code, status = "vmm_missing", 30, 409
+    hint = "Install it: apt-get install {package}"
+
+
+class VmmTooOld(DiapauseError):
+    """{program} is version {found}; Diapause needs {needed} or newer."""
+
+    code, exit_code, status = "vmm_too_old", 31, 409
+    hint = "Upgrade it: apt-get install {package}"
+
+
+class VmmFailed(DiapauseError):
+    """The VMM of sandbox {sandbox} failed at {step}: {cause}."""
+
+    code, exit_code, status = "vmm_failed", 32, 500
+    hint = "`diapause logs {sandbox}` and vmm.log in its directory say more."
+
+
+class VmmTimeout(DiapauseError):
+    """The VMM of sandbox {sandbox} did not finish {step} within {bound_s:.0f} s."""
+
+    code, exit_code, status = "vmm_timeout", 33, 504
+
+
+class SnapshotIncompatible(DiapauseError):
+    """Snapshot {snapshot} needs {part} {needed!r}; this host has {found!r}."""
+
+    code, exit_code, status = "snapshot_incompatible", 34, 409
+    hint = "Resume it on a host that has it; nothing was started."
+
+
+class CaptureFailed(DiapauseError):
+    """Capturing sandbox {sandbox} failed at {step}: {cause}. The guest {guest}."""
+
+    code, exit_code, status = "capture_failed", 35, 500
+
+
+class BlobDamaged(DiapauseError):
+    """Blob {blob} is damaged: {cause}."""
+
+    code, exit_code, status = "blob_damaged", 40, 500
+    hint = "What needs it cannot be resumed until it is restored from another copy."
+
+
+class BlobMissing(DiapauseError):
+    """Blob {blob} is missing."""
+
+    code, exit_code, status = "blob_missing", 41, 500
+    hint = "What needs it cannot be resumed until it is restored from another copy."
+
+
+class SnapshotLost(DiapauseError):
+    """Snapshot {snapshot} is failed: {cause}."""
+
+    code, exit_code, status = "snapshot_lost", 42, 409
+
+
+class ImageBuildFailed(DiapauseError):
+    """Building image {image} failed at {step}: {cause}."""
+
+    code, exit_code, status = "image_build_failed", 43, 500
+
+
+class AgentUnreachable(DiapauseError):
+    """The agent in sandbox {sandbox} did not answer within {bound_s:.0f} s."""
+
+    code, exit_code, status = "agent_unreachable", 50, 504
+    hint = "`diapause logs {sandbox}` shows the guest's console."
+
+
+class AgentRefused(DiapauseError):
+    """The agent in sandbox {sandbox} refused {what}: {cause}."""
+
+    code, exit_code, status = "agent_refused", 51, 502
+
+
+class ExecCut(DiapauseError):
+    """The command's stream was cut: {cause}."""
+
+    code, exit_code, status = "exec_cut", 125, 502
+
+
+class DaemonUnreachable(DiapauseError):
+    """The daemon of {home} does not answer: {cause}."""
+
+    code, exit_code, status = "daemon_unreachable", 60, 503
+    hint = "See serve.log there, or run `diapause serve` to watch it."
+
+
+class HomeNewer(DiapauseError):
+    """The home {home} has catalog version {found}; this Diapause knows {known}."""
+
+    code, exit_code, status = "home_newer", 61, 409
+    hint = "Use a newer Diapause with it."
+
+
+def all_errors() -> list[type[DiapauseError]]:
+    """Every error class, the base first; the table in the docs is made from it."""
+    found: list[type[DiapauseError]] = [DiapauseError]
+    for error in found:
+        found.extend(error.__subclasses__())
+    return found
+
+
+def from_dict(error: dict[str, Any]) -> DiapauseError:
+    """The error that `to_dict` described, as its own class; the base class for an unknown code."""
+    classes = {cls.code: cls for cls in all_errors()}
+    cls = classes.get(str(error.get("code")), DiapauseError)
+    fields = error.get("fields")
+    if cls is DiapauseError or not isinstance(fields, dict):
+        return DiapauseError(cause=str(error.get("message", "unknown")))
+    return cls(**{str(name): value for name, value in fields.items()})

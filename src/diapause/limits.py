@@ -1,0 +1,49 @@
+"""Every limit on what comes from outside, and every bound on a wait, in one place.
+
+Limits are checked before anything is allocated; a wait that reaches its bound is an error with the
+name of what was waited for.
+"""
+
+from diapause.units import GIB, KIB, MIB
+
+# What a person may ask for.
+NAME_LENGTH_MAX = 63
+MEMORY_BYTES_MIN = 128 * MIB
+MEMORY_BYTES_MAX = 1024 * GIB
+DISK_BYTES_MIN = 16 * MIB
+DISK_BYTES_MAX = 16 * 1024 * GIB
+CPUS_MAX = 64
+FORKS_MAX = 64
+REFERENCE_LENGTH_MAX = 128
+
+# The API.
+REQUEST_BODY_BYTES_MAX = 1 * MIB
+EXEC_MESSAGE_BYTES_MAX = 64 * KIB
+EXEC_ARGUMENTS_MAX = 4096
+EXEC_ARGUMENTS_BYTES_MAX = 128 * KIB
+VERBS_AT_ONCE_MAX = 64
+
+# Files of ours, read back.
+MANIFEST_BYTES_MAX = 1 * MIB
+DEVICE_STATE_BYTES_MAX = 64 * MIB
+QMP_LINE_BYTES_MAX = 16 * MIB
+
+# Captures.
+CAPTURE_BUFFER_BYTES_MAX = 256 * MIB  # of tmpfs, for one capture; more spills or is read in place
+CAPTURE_BUFFER_BYTES_MIN = 8 * MIB
+
+# Waits, in seconds.
+DAEMON_START_S = 20.0
+QMP_CALL_S = 20.0
+QMP_CONNECT_S = 20.0
+STATE_LOAD_S = 60.0
+VMM_EXIT_S = 20.0
+AGENT_BOOT_S = 120.0
+AGENT_READY_S = 30.0
+GUEST_FREEZE_S = 5.0
+LOCK_S = 300.0
+PACK_S = 1800.0
+SUBPROCESS_S = 300.0
+
+# What counts as right after a resume.
+CLOCK_ERROR_MS_MAX = 100

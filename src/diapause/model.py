@@ -1,0 +1,226 @@
+"""What verbs take and give: the same types in the engine, at the API and on the command line.
+
+Sizes are bytes, times milliseconds unless the name says otherwise, ids lower-case hex.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from diapause.units import GIB, MIB
+
+SandboxState = Literal[
+    "creating", "running", "frozen", "pausing", "paused", "resuming", "stopped", "failed",
+    "removing",
+]  # fmt: skip
+SnapshotState = Literal["captured", "packed", "uploaded", "failed"]
+Durability = Literal["process", "disk", "store"]
+DirtySource = Literal["private", "tracked", "compared"]
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A request: an unknown field is an error."""
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """A reply: fields may be added, never taken away."""
+
+
+class RunRequest(Strict):
+    """Make a sandbox from an image and start it."""
+
+    image: str = "tiny"
+    name: str | None = None
+    memory_bytes: int = 512 * MIB
+    cpus: int = 1
+    disk_bytes: int = 1 * GIB
+    vmm: str = "qemu"
+    net: str = "none"
+    ports: list[str] = []
+    boot: bool = False
+
+
+class CaptureRequest(Strict):
+    """Pause or save: what both take."""
+
+    durability: Durability = "disk"
+    quiesce: bool = False
+    name: str | None = None
+
+
+class ResumeRequest(Strict):
+    """Bring a paused sandbox back."""
+
+    memory_mode: Literal["ondemand", "copy"] = "copy"
+    cold: bool = False
+
+
+class ForkRequest(Strict):
+    """Make `count` new running sandboxes from a sandbox or a snapshot."""
+
+    source: str
+    count: int = 1
+
+
+class ImageBuildRequest(Strict):
+    """Build an image; `flavor` is its name unless said."""
+
+    name: str
+    flavor: str | None = None
+
+
+class RunAnswer(Answer):
+    """A new sandbox, ready."""
+
+    sandbox: str
+    name: str | None
+    ready_ms: float
+    phases_ms: dict[str, float]
+
+
+class CaptureAnswer(Answer):
+    """What a pause or a save did; `already` says that nothing had to be done."""
+
+    sandbox: str
+    snapshot: str
+    durability: Durability
+    frozen_ms: float
+    dirty_pages: int
+    dirty_source: DirtySource
+    captured_bytes: int
+    phases_ms: dict[str, float]
+    already: bool = False
+    notes: list[str] = []
+
+
+class ResumeAnswer(Answer):
+    """What a resume did."""
+
+    sandbox: str
+    warm: bool
+    ready_ms: float
+    source: Literal["capture", "local", "store", "peer"]
+    phases_ms: dict[str, float]
+    snapshot: str | None = None
+    already: bool = False
+    notes: list[str] = []
+
+
+class ForkAnswer(Answer):
+    """The new sandboxes and the snapshot they came from."""
+
+    sandboxes: list[str]
+    snapshot: str
+    phases_ms: dict[str, float]
+    notes: list[str] = []
+
+
+class RemoveAnswer(Answer):
+    """What was removed; `already` lists what was gone before."""
+
+    removed: list[str]
+    already: list[str]
+
+
+class SandboxRow(Answer):
+    """A line of `ps`."""
+
+    sandbox: str
+    name: str | None
+    state: SandboxState
+    image: str
+    memory_bytes: int
+    cpus: int
+    disk_bytes: int
+    created_at: str
+    snapshot: str | None
+    error: dict[str, Any] | None
+
+
+class VmmInfo(Answer):
+    """The VMM process of a sandbox."""
+
+    kind: str
+    version: str
+    pid: int
+
+
+class SandboxDetail(Answer):
+    """`inspect` of a sandbox."""
+
+    id: str
+    name: str | None
+    state: SandboxState
+    image: str
+    parent: str | None  # the snapshot it was last started from or captured to
+    vmm: VmmInfo | None
+    error: dict[str, Any] | None
+    reason: str | None  # why it is stopped, when it is
+    memory_bytes: int
+    cpus: int
+    disk_bytes: int
+    created_at: str
+    accelerator: str | None
+    tracker: bool
+    hostname: str
+    doing: str | None  # the journal's open verb and step
+    directory: str
+
+
+class DeviceInfo(Answer):
+    """One device of a snapshot; `builds` names packed builds only."""
+
+    name: str
+    size: int
+    pages: int
+    stored_bytes: int
+    builds: list[str]
+
+
+class SnapshotDetail(Answer):
+    """`inspect` of a snapshot and a line of `snapshot ls`."""
+
+    id: str
+    name: str | None
+    sandbox: str
+    parent: str | None
+    state: SnapshotState
+    durability: Durability
+    pending_bytes: int
+    devices: list[DeviceInfo]
+    error: dict[str, Any] | None
+    created_at: str
+    image: str
+    memory_bytes: int
+    stored_bytes: int
+    vmm: dict[str, Any]
+
+
+class ImageInfo(Answer):
+    """An image as `image ls` shows it."""
+
+    name: str
+    flavor: str
+    created_at: str
+    kernel_version: str
+    size_bytes: int
+    digests: dict[str, str]
+    already: bool = False
+
+
+class Check(Answer):
+    """One line of `doctor`."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    required: bool = True
+
+
+class DoctorAnswer(Answer):
+    """What this host can do, proved by trying."""
+
+    checks: list[Check]
+    daemon_pid: int
+    pager_pid: int | None

@@ -1,0 +1,1 @@
+"""Sandboxes: their states, their journal and the verbs that move them."""

@@ -1,0 +1,1 @@
+"""Snapshots: manifests, captures, packing and lineage."""
