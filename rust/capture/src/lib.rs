@@ -1,0 +1,1 @@
+//! The data plane over files: compare and pack what a capture took, and materialize a device.

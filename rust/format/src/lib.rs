@@ -1,0 +1,1 @@
+//! The formats: pages, extents, headers, builds and capture files.

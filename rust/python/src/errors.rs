@@ -1,0 +1,1 @@
+//! Errors of the data plane as the classes of `diapause.errors`.

@@ -1,0 +1,24 @@
+//! `diapause._core`: the data plane as Python sees it, one file per verb.
+//!
+//! Bytes never pass through the interpreter one page at a time; the GIL is released around all I/O.
+#![deny(unsafe_code)]
+
+mod capture_file;
+mod errors;
+mod header;
+mod materialize;
+mod pack;
+
+use pyo3::prelude::*;
+
+/// The data plane of Diapause.
+#[pymodule(gil_used = false)]
+#[pyo3(name = "_core")]
+fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("PAGE_SIZE", 4096)?;
+    module.add("FRAME_PAGES", 16)?;
+    capture_file::register(module)?;
+    header::register(module)?;
+    materialize::register(module)?;
+    pack::register(module)
+}

@@ -1,0 +1,178 @@
+"""The data plane, in Rust: formats, compare and pack, materialize, process memory.
+
+Paths are ``str``, digests and ids lower-case hex, pages 4 KiB. Every function releases the GIL while it
+works. Errors: ``BlobDamaged`` and ``BlobMissing`` name the blob, ``NotEnoughSpace`` on a full disk,
+``StorageFailed`` for any other failed I/O, ``ValueError`` where the caller's arguments contradict.
+A file that a function makes is whole and fsynced when it returns (unless it says otherwise), and gone
+when it raises.
+"""
+
+from collections.abc import Callable
+from typing import final
+
+PAGE_SIZE: int
+FRAME_PAGES: int
+
+Progress = Callable[[int, int], object]
+"""Called now and then with (pages done, pages in all); what it raises cancels the work."""
+
+@final
+class PageSource:
+    """The pages that one capture took of one device: a capture file or a disk's frozen overlay."""
+
+    @staticmethod
+    def capture(path: str, spill: str | None = None) -> PageSource:
+        """Open a sealed capture file, or a sealed capture buffer with what spilled from it.
+
+        `spill` is the unfinished capture file that holds the pages beyond the buffer's capacity.
+        """
+
+    @staticmethod
+    def overlay(path: str, map_json: bytes, page_count: int) -> PageSource:
+        """Read a frozen qcow2 overlay in place, by what ``qemu-img map -U --output=json`` says.
+
+        The overlay has no backing file in its header; `page_count` is the device's. What is not
+        present is the parent's. Compressed clusters raise ``BlobDamaged``.
+        """
+
+    @property
+    def device_pages(self) -> int:
+        """Pages of the device."""
+
+    @property
+    def page_count(self) -> int:
+        """Pages captured, with zero ones that need no storage."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of page data it holds."""
+
+@final
+class HeaderInfo:
+    """What a verified header says; `builds` are packed ones, `captures` not packed yet."""
+
+    page_count: int
+    extent_count: int
+    mapped_pages: int
+    builds: list[tuple[str, int]]  # (id, pages in it)
+    captures: list[tuple[str, int]]
+    digest: str
+    size_bytes: int
+
+@final
+class PackResult:
+    """What a pack stored; `build_id` is None where nothing was."""
+
+    build_id: str | None
+    header_digest: str
+    header_bytes: int
+    stored_pages: int
+    zero_pages: int
+    unchanged_pages: int
+    stored_bytes: int  # size of the build file
+    builds: list[tuple[str, int]]  # every build that the new header needs: (id, pages in it)
+    extent_count: int
+
+@final
+class MaterializeResult:
+    """What a materialize wrote: its own bytes, bytes copied from the base, frames it verified."""
+
+    written_bytes: int
+    copied_bytes: int
+    verified_frames: int
+
+@final
+class CaptureInfo:
+    """What the head of a capture file or buffer says."""
+
+    sealed: bool
+    device_pages: int
+    captured_pages: int
+    capacity: int
+    size_bytes: int
+
+def zero_header(path: str, page_count: int) -> str:
+    """Write the header of a device that is all zero; returns its digest."""
+
+def provisional_header(
+    parent_header: str,
+    parent_digest: str,
+    source: PageSource,
+    capture_id: str,
+    out: str,
+) -> HeaderInfo:
+    """Write the header that maps what `source` captured to it, and the rest as the parent does."""
+
+def header_info(path: str, digest: str) -> HeaderInfo:
+    """Read a header to its end and verify all of it."""
+
+def header_extents(path: str, digest: str) -> list[tuple[int, int, str | None, int]]:
+    """Every extent as (page, length, build id or None for zero, position in the build).
+
+    For tests and tools: refuses headers of more than a million extents with ValueError.
+    """
+
+def lookup(path: str, digest: str, page: int) -> tuple[str, int] | None:
+    """Where a page lies: (build id, position in it), or None for a zero page."""
+
+def pack(
+    source: PageSource,
+    parent_header: str,
+    parent_digest: str,
+    builds_dir: str,
+    tmp_dir: str,
+    header_out: str,
+    parent_flat: str | None = None,
+    progress: Progress | None = None,
+) -> PackResult:
+    """Store the pages of `source` that are neither zero nor the parent's, and the packed header.
+
+    The parent's bytes come from `parent_flat`, else from the builds through the parent header.
+    `tmp_dir` is on the file system of `builds_dir` and of `header_out`.
+    """
+
+def pack_file(
+    path: str,
+    page_count: int,
+    builds_dir: str,
+    tmp_dir: str,
+    header_out: str,
+    progress: Progress | None = None,
+) -> PackResult:
+    """Pack a plain file as a device of `page_count` pages that has no parent; holes cost nothing."""
+
+def verify_build(path: str, build_id: str) -> int:
+    """Read a whole build and verify every byte; returns its pages."""
+
+def materialize(
+    header: str,
+    digest: str,
+    builds_dir: str,
+    out: str,
+    captures: dict[str, PageSource] | None = None,
+    base: tuple[str, str, str] | None = None,
+    threads: int = 2,
+    sync: bool = False,
+) -> MaterializeResult:
+    """Write the device as a new sparse file at `out`, every byte verified.
+
+    `captures` gives the page source of each capture that the header maps to. `base` is (flat file,
+    its header, that header's digest): the flat is cloned and only what differs is written. `out` must
+    not exist; it is fsynced only with `sync`.
+    """
+
+def write_out(buffer: str, out: str) -> CaptureInfo:
+    """Finish a capture file from its sealed buffer: list, sums, buffered pages, seal, fsync.
+
+    `out` holds what spilled already, at its final place, or does not exist. It stays where this
+    fails, to be tried again.
+    """
+
+def capture_info(path: str) -> CaptureInfo:
+    """Read the head of a capture file or buffer."""
+
+def blake3_file(path: str) -> str:
+    """BLAKE3-256 of a file, streamed."""
+
+def blake3_bytes(data: bytes) -> str:
+    """BLAKE3-256 of bytes."""
