@@ -1,0 +1,394 @@
+//! Reads a header as a stream: one block in memory, whatever the number of extents.
+//!
+//! Extents come out as they are read; only the end says that the digest is right. Whoever acts on them
+//! before must be able to throw the result away.
+
+use std::collections::HashSet;
+use std::io::Read;
+
+use crate::bytes::{array_at, u32_at, u64_at};
+use crate::error::{at_most, exactly, read_part, FormatError, Result};
+use crate::extent::{Extent, Target};
+use crate::header::{
+    BuildRef, HeaderSummary, BLOCK_EXTENTS, BLOCK_HEAD_LEN, BUILDS_BLOCK, BUILDS_MAX, BUILD_LEN,
+    END_BLOCK, END_LEN, EXTENTS_BLOCK, EXTENTS_HEAD_LEN, HEAD_LEN, MAGIC, PAGES_MAX, PAYLOAD_MAX,
+    VERSION,
+};
+use crate::page::{Digest, PAGE_SIZE};
+use crate::varint;
+
+/// Reads one header from `R`, which should not be buffered: blocks are large.
+pub struct HeaderReader<R> {
+    from: R,
+    expected: Option<Digest>,
+    hash: blake3::Hasher,
+    size_bytes: u64,
+    page_count: u64,
+    builds: Vec<BuildRef>,
+    ids: HashSet<Digest>,
+    /// Builds that an extent mapped to; the others must follow in this order, in the next block.
+    used: u32,
+    /// For each build, where its last extent in this block ended.
+    continues: Vec<u64>,
+    payload: Vec<u8>,
+    block: Vec<Extent>,
+    at: usize,
+    last: Option<Extent>,
+    short_block: bool,
+    extent_count: u64,
+    mapped_pages: u64,
+    digest: Option<Digest>,
+}
+
+/// The three columns of an extents block, and how far each is read.
+struct Columns<'a> {
+    lengths: &'a [u8],
+    builds: &'a [u8],
+    deltas: &'a [u8],
+    at: [usize; 3],
+}
+
+impl<'a> Columns<'a> {
+    fn new(payload: &'a [u8]) -> Result<Self> {
+        let sizes = [12, 16, 20].map(|at| u32_at(payload, at) as usize);
+        let body = &payload[EXTENTS_HEAD_LEN..];
+        exactly(
+            "length of the columns",
+            sizes.iter().map(|s| *s as u64).sum(),
+            body.len() as u64,
+        )?;
+        let (lengths, rest) = body.split_at(sizes[0]);
+        let (builds, deltas) = rest.split_at(sizes[1]);
+        Ok(Self {
+            lengths,
+            builds,
+            deltas,
+            at: [0; 3],
+        })
+    }
+
+    fn check_consumed(&self) -> Result<()> {
+        let lengths = [self.lengths.len(), self.builds.len(), self.deltas.len()];
+        if self.at != lengths {
+            return Err(FormatError::NotCanonical {
+                what: "a column is longer than its extents",
+            });
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read> HeaderReader<R> {
+    /// Begins to read; `expected` is the digest that the header is known by.
+    ///
+    /// # Errors
+    /// Bad magic, unknown version, bad checksum, truncated, out of range.
+    pub fn new(mut from: R, expected: Option<Digest>) -> Result<Self> {
+        const PART: &str = "header's head";
+        let mut head = [0; HEAD_LEN];
+        read_part(&mut from, &mut head, PART)?;
+        if &head[..8] != MAGIC {
+            return Err(FormatError::BadMagic { part: PART });
+        }
+        if u32_at(&head, 8) != VERSION {
+            return Err(FormatError::UnknownVersion {
+                part: PART,
+                found: u32_at(&head, 8),
+            });
+        }
+        if crc32fast::hash(&head[..HEAD_LEN - 4]) != u32_at(&head, HEAD_LEN - 4) {
+            return Err(FormatError::BadChecksum { part: PART });
+        }
+        exactly("page size", u32_at(&head, 12).into(), PAGE_SIZE as u64)?;
+        exactly("reserved field of the head", u32_at(&head, 24).into(), 0)?;
+        let page_count = u64_at(&head, 16);
+        at_most("count of device pages", page_count, PAGES_MAX)?;
+        let mut hash = blake3::Hasher::new();
+        hash.update(&head);
+        Ok(Self {
+            from,
+            expected,
+            hash,
+            size_bytes: HEAD_LEN as u64,
+            page_count,
+            builds: Vec::new(),
+            ids: HashSet::new(),
+            used: 0,
+            continues: vec![0],
+            payload: Vec::new(),
+            block: Vec::with_capacity(BLOCK_EXTENTS),
+            at: 0,
+            last: None,
+            short_block: false,
+            extent_count: 0,
+            mapped_pages: 0,
+            digest: None,
+        })
+    }
+
+    /// Pages of the device.
+    pub fn page_count(&self) -> u64 {
+        self.page_count
+    }
+
+    /// The builds read so far: all that extents read so far map to. Build number n is at n - 1.
+    pub fn builds(&self) -> &[BuildRef] {
+        &self.builds
+    }
+
+    /// The build of a target of this header that is not zero.
+    pub fn build(&self, number: u32) -> &BuildRef {
+        &self.builds[number as usize - 1]
+    }
+
+    /// The next extent; None once the end was read and everything verified.
+    ///
+    /// # Errors
+    /// Any [`FormatError`].
+    #[inline]
+    pub fn next_extent(&mut self) -> Result<Option<Extent>> {
+        if self.at == self.block.len() && !self.next_block()? {
+            return Ok(None);
+        }
+        self.at += 1;
+        Ok(Some(self.block[self.at - 1]))
+    }
+
+    /// Reads all that is left and returns the totals.
+    ///
+    /// # Errors
+    /// Any [`FormatError`].
+    pub fn finish(mut self) -> Result<HeaderSummary> {
+        while self.next_block()? {}
+        Ok(HeaderSummary {
+            page_count: self.page_count,
+            extent_count: self.extent_count,
+            mapped_pages: self.mapped_pages,
+            builds: self.builds,
+            digest: self.digest.unwrap_or_default(),
+            size_bytes: self.size_bytes,
+        })
+    }
+
+    /// Fills `block` with the next extents; false at the verified end.
+    fn next_block(&mut self) -> Result<bool> {
+        if self.digest.is_some() {
+            return Ok(false);
+        }
+        self.at = 0;
+        self.block.clear();
+        let mut kind = self.read_block()?;
+        if kind == BUILDS_BLOCK {
+            self.decode_builds()?;
+            kind = self.read_block()?;
+            exactly(
+                "type of the block after the builds",
+                kind.into(),
+                EXTENTS_BLOCK.into(),
+            )?;
+        }
+        match kind {
+            EXTENTS_BLOCK => self.decode_extents().map(|()| true),
+            END_BLOCK => self.decode_end().map(|()| false),
+            _ => Err(FormatError::OutOfRange {
+                part: "type of a block",
+                found: kind.into(),
+                limit: END_BLOCK.into(),
+            }),
+        }
+    }
+
+    /// Reads a block into `payload` and returns its type; all but the end go into the digest.
+    fn read_block(&mut self) -> Result<u8> {
+        const PART: &str = "header's block";
+        let mut head = [0; BLOCK_HEAD_LEN];
+        read_part(&mut self.from, &mut head, PART)?;
+        let length = u32_at(&head, 4) as usize;
+        at_most("length of a block", length as u64, PAYLOAD_MAX as u64)?;
+        self.payload.resize(length, 0);
+        read_part(&mut self.from, &mut self.payload, PART)?;
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&head[..8]);
+        crc.update(&self.payload);
+        if crc.finalize() != u32_at(&head, 8) {
+            return Err(FormatError::BadChecksum { part: PART });
+        }
+        exactly(
+            "reserved bytes of a block",
+            u64::from(u32_at(&head, 0) >> 8),
+            0,
+        )?;
+        self.size_bytes += (BLOCK_HEAD_LEN + length) as u64;
+        if head[0] != END_BLOCK {
+            self.hash.update(&head);
+            self.hash.update(&self.payload);
+        }
+        Ok(head[0])
+    }
+
+    fn decode_builds(&mut self) -> Result<()> {
+        if self.payload.is_empty() || self.payload.len() % BUILD_LEN != 0 {
+            return Err(FormatError::NotCanonical {
+                what: "a builds block is not a list of builds",
+            });
+        }
+        let total = self.builds.len() + self.payload.len() / BUILD_LEN;
+        at_most("count of builds", total as u64, BUILDS_MAX)?;
+        for bytes in self.payload.chunks_exact(BUILD_LEN) {
+            let build = BuildRef::decode(bytes)?;
+            if !self.ids.insert(build.id) {
+                return Err(FormatError::NotCanonical {
+                    what: "a build is listed twice",
+                });
+            }
+            self.builds.push(build);
+        }
+        Ok(())
+    }
+
+    fn decode_extents(&mut self) -> Result<()> {
+        const PART: &str = "extents block";
+        let payload = std::mem::take(&mut self.payload);
+        if payload.len() < EXTENTS_HEAD_LEN {
+            return Err(FormatError::Truncated { part: PART });
+        }
+        let count = u32_at(&payload, 8) as usize;
+        at_most(
+            "count of extents in a block",
+            count as u64,
+            BLOCK_EXTENTS as u64,
+        )?;
+        if count == 0 || self.short_block {
+            return Err(FormatError::NotCanonical {
+                what: "an extents block before the last is not full",
+            });
+        }
+        self.short_block = count < BLOCK_EXTENTS;
+        self.continues.clear();
+        self.continues.resize(self.builds.len() + 1, 0);
+        let next_page = self.last.map_or(0, |last| last.end());
+        exactly(
+            "first page of an extents block",
+            u64_at(&payload, 0),
+            next_page,
+        )?;
+        let mut columns = Columns::new(&payload)?;
+        for _ in 0..count {
+            self.decode_extent(&mut columns)?;
+        }
+        columns.check_consumed()?;
+        exactly(
+            "count of builds in use",
+            self.used.into(),
+            self.builds.len() as u64,
+        )?;
+        self.extent_count += count as u64;
+        self.payload = payload;
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn decode_extent(&mut self, columns: &mut Columns<'_>) -> Result<()> {
+        let page = self.last.map_or(0, |last| last.end());
+        let length = varint::take(columns.lengths, &mut columns.at[0], "length of an extent")?;
+        if length == 0 {
+            return Err(FormatError::NotCanonical {
+                what: "an extent has no pages",
+            });
+        }
+        at_most("length of an extent", length, self.page_count - page)?;
+        let number = varint::take(columns.builds, &mut columns.at[1], "number of a build")?;
+        let target = if number == 0 {
+            Target::ZERO
+        } else {
+            self.decode_target(columns, number, length)?
+        };
+        let extent = Extent {
+            page,
+            length,
+            target,
+        };
+        if self.last.is_some_and(|last| last.continues_in(&extent)) {
+            return Err(FormatError::NotCanonical {
+                what: "adjacent extents continue each other",
+            });
+        }
+        self.last = Some(extent);
+        self.block.push(extent);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn decode_target(
+        &mut self,
+        columns: &mut Columns<'_>,
+        number: u64,
+        length: u64,
+    ) -> Result<Target> {
+        // Numbers in the order of first use: a new one is the next one.
+        at_most(
+            "number of a build",
+            number,
+            (u64::from(self.used) + 1).min(self.builds.len() as u64),
+        )?;
+        let build = number as usize;
+        self.used = self.used.max(number as u32);
+        let delta = varint::take(columns.deltas, &mut columns.at[2], "position in a build")?;
+        let position = self.continues[build].wrapping_add_signed(varint::unzigzag(delta));
+        let pages = self.builds[build - 1].pages;
+        if position >= pages || length > pages - position {
+            return Err(FormatError::OutOfRange {
+                part: "position in a build",
+                found: position,
+                limit: pages,
+            });
+        }
+        self.continues[build] = position + length;
+        self.mapped_pages += length;
+        Ok(Target {
+            build: number as u32,
+            position,
+        })
+    }
+
+    fn decode_end(&mut self) -> Result<()> {
+        exactly(
+            "length of the end",
+            self.payload.len() as u64,
+            END_LEN as u64,
+        )?;
+        let covered = self.last.map_or(0, |last| last.end());
+        exactly("count of mapped pages", covered, self.page_count)?;
+        exactly(
+            "total of extents",
+            u64_at(&self.payload, 0),
+            self.extent_count,
+        )?;
+        exactly(
+            "total of mapped pages",
+            u64_at(&self.payload, 8),
+            self.mapped_pages,
+        )?;
+        exactly(
+            "total of builds",
+            u64_at(&self.payload, 16),
+            self.builds.len() as u64,
+        )?;
+        let digest: Digest = *self.hash.finalize().as_bytes();
+        if array_at::<32>(&self.payload, 24) != digest {
+            return Err(FormatError::BadDigest { part: "header" });
+        }
+        if self.expected.is_some_and(|expected| expected != digest) {
+            return Err(FormatError::BadDigest {
+                part: "header (it is a whole header, but another)",
+            });
+        }
+        if self.from.read(&mut [0])? != 0 {
+            return Err(FormatError::NotCanonical {
+                what: "bytes follow the end of the header",
+            });
+        }
+        self.digest = Some(digest);
+        Ok(())
+    }
+}

@@ -1,0 +1,88 @@
+//! A header in memory, for lookups: ten bytes for each extent.
+
+use std::io::Read;
+
+use crate::error::Result;
+use crate::extent::{Extent, Target};
+use crate::header::{BuildRef, HeaderSummary};
+use crate::header_read::HeaderReader;
+
+/// Every extent of one verified header.
+pub struct HeaderIndex {
+    summary: HeaderSummary,
+    starts: Vec<u32>,
+    builds: Vec<u16>,
+    positions: Vec<u32>,
+}
+
+impl HeaderIndex {
+    /// Reads a header to its end.
+    ///
+    /// # Errors
+    /// Whatever reading reports.
+    pub fn load<R: Read>(mut from: HeaderReader<R>) -> Result<Self> {
+        let (mut starts, mut builds, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        while let Some(extent) = from.next_extent()? {
+            // Pages and positions are below 2^32 and builds below 2^16: the reader has checked it.
+            starts.push(extent.page as u32);
+            builds.push(extent.target.build as u16);
+            positions.push(extent.target.position as u32);
+        }
+        Ok(Self {
+            summary: from.finish()?,
+            starts,
+            builds,
+            positions,
+        })
+    }
+
+    /// The totals.
+    pub fn summary(&self) -> &HeaderSummary {
+        &self.summary
+    }
+
+    /// The build of a target that is not zero.
+    pub fn build(&self, number: u32) -> &BuildRef {
+        &self.summary.builds[number as usize - 1]
+    }
+
+    /// Where a page lies; None beyond the device.
+    pub fn lookup(&self, page: u64) -> Option<Target> {
+        if page >= self.summary.page_count {
+            return None;
+        }
+        let at = self
+            .starts
+            .partition_point(|start| u64::from(*start) <= page)
+            - 1;
+        let first = Target {
+            build: self.builds[at].into(),
+            position: self.positions[at].into(),
+        };
+        Some(first.after(page - u64::from(self.starts[at])))
+    }
+
+    /// The extents in order.
+    pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
+        let ends = self.starts[1.min(self.starts.len())..]
+            .iter()
+            .map(|start| u64::from(*start));
+        let ends = ends.chain([self.summary.page_count]);
+        self.starts
+            .iter()
+            .zip(ends)
+            .enumerate()
+            .map(|(at, (start, end))| {
+                let page = u64::from(*start);
+                let target = Target {
+                    build: self.builds[at].into(),
+                    position: self.positions[at].into(),
+                };
+                Extent {
+                    page,
+                    length: end - page,
+                    target,
+                }
+            })
+    }
+}
