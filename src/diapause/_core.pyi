@@ -8,7 +8,7 @@ when it raises.
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Literal, final
 
 PAGE_SIZE: int
 FRAME_PAGES: int
@@ -176,3 +176,66 @@ def blake3_file(path: str) -> str:
 
 def blake3_bytes(data: bytes) -> str:
     """BLAKE3-256 of bytes."""
+
+DirtyRule = Literal["private", "tracked", "compared"]
+
+@final
+class GuestRam:
+    """Guest RAM as it lies in a VMM process: a private mapping of the memory file.
+
+    ``private``: pages written since the process began. ``tracked``: since the last `rearm`.
+    ``compared``: a superset of what was written, for packing to compare with the parent.
+    """
+
+    def __init__(self, pid: int, memory: str, size_bytes: int) -> None:
+        """Find the mapping of `memory`; OSError where it isn't exactly `size_bytes`."""
+
+    @property
+    def tracked(self) -> bool:
+        """Whether the tracker registered it."""
+
+    @property
+    def page_count(self) -> int:
+        """Pages of guest RAM."""
+
+    def estimate(self, rule: DirtyRule) -> int:
+        """Pages that `rule` calls dirty now; nothing is re-armed."""
+
+    def dirty_runs(self, rule: DirtyRule) -> list[tuple[int, int]]:
+        """The same as ascending (first page, count)."""
+
+    def rearm(self) -> None:
+        """Forget what was written; the process must stand and its dirty pages be safe."""
+
+@final
+class Filled:
+    """What a filled buffer holds; times in milliseconds."""
+
+    page_count: int
+    spilled_pages: int
+    scan_ms: float
+    copy_ms: float
+    spill_ms: float
+
+@final
+class CaptureBuffer:
+    """A buffer on tmpfs, allocated and touched when made; the file outlives this object."""
+
+    def __init__(self, path: str, capacity: int, device_pages: int) -> None:
+        """Make the file with room for `capacity` pages; OSError where it can't be had."""
+
+    @property
+    def path(self) -> str:
+        """Its file."""
+
+    @property
+    def capacity(self) -> int:
+        """Pages that it has room for."""
+
+    def fill(
+        self, ram: GuestRam, rule: DirtyRule, unmerged: list[tuple[int, int]], spill: str
+    ) -> Filled:
+        """Copy the dirty pages, and those of `unmerged` runs, and seal; the process must stand.
+
+        What doesn't fit is written to the new file `spill`, where the capture file wants it.
+        """

@@ -104,7 +104,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(24))]
+        #![proptest_config(ProptestConfig::with_cases(6))]
         #[test]
         fn runs_arrive_in_order_and_whole(
             pages in proptest::collection::btree_set(0u64..9000, 1..5000),

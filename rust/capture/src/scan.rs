@@ -86,16 +86,39 @@ struct ScanArg {
     return_mask: u64,
 }
 
-/// Finds the mapping of the file (device, inode) in `/proc/PID/maps`.
+/// The file whose private mapping is guest RAM, as `/proc/PID/maps` names it.
+#[derive(Clone, Debug)]
+pub struct MemoryFile {
+    /// Its inode number.
+    pub inode: u64,
+    /// `st_dev`; on btrfs and overlayfs not what the map says, so the path will do as well.
+    pub device: u64,
+    /// Its absolute path.
+    pub path: String,
+}
+
+impl MemoryFile {
+    /// Asks the file system about `path`.
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn at(path: &str) -> io::Result<Self> {
+        use std::os::unix::fs::MetadataExt;
+        let found = std::fs::metadata(path)?;
+        Ok(Self { inode: found.ino(), device: found.dev(), path: path.to_owned() })
+    }
+}
+
+/// Finds the mapping of the memory file in `/proc/PID/maps`.
 ///
 /// # Errors
 /// `NotFound` when the file isn't mapped, `InvalidData` when its mappings don't make one linear
-/// range of `size_bytes` from file offset 0.
-pub fn find_ram(pid: i32, device: u64, inode: u64, size_bytes: u64) -> io::Result<RamRange> {
+/// range of `size_bytes`.
+pub fn find_ram(pid: i32, file: &MemoryFile, size_bytes: u64) -> io::Result<RamRange> {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mut range: Option<RamRange> = None;
     for line in maps.lines() {
-        let Some(found) = parse_mapping(line, device, inode) else { continue };
+        let Some(found) = parse_mapping(line, file) else { continue };
         range = match range {
             None => Some(found),
             Some(so_far) if so_far.end == found.start => {
@@ -118,14 +141,15 @@ fn invalid(cause: &str) -> io::Error {
 }
 
 /// `START-END PERMS OFFSET MAJOR:MINOR INODE PATH`, when it is the wanted file's.
-fn parse_mapping(line: &str, device: u64, inode: u64) -> Option<RamRange> {
+fn parse_mapping(line: &str, file: &MemoryFile) -> Option<RamRange> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let (major, minor) = fields.nth(2)?.split_once(':')?;
     let found_inode: u64 = fields.next()?.parse().ok()?;
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let found_device = libc::makedev(hex(major)? as u32, hex(minor)? as u32);
-    if found_inode != inode || found_device != device {
+    let same_place = found_device == file.device || line.ends_with(&file.path);
+    if found_inode != file.inode || !same_place {
         return None;
     }
     Some(RamRange { start: hex(start)?, end: hex(end)? })
@@ -303,14 +327,17 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_is_recognised_by_device_and_inode_alone() {
-        let line = "7f00a0000000-7f00c0000000 rw-p 00000000 fe:00 4242   /home/memory (deleted)";
-        let device = libc::makedev(0xfe, 0);
-        let range = parse_mapping(line, device, 4242).expect("found");
+    fn a_mapping_is_recognised_by_its_inode_and_its_device_or_path() {
+        let line = "7f00a0000000-7f00c0000000 rw-p 00000000 fe:00 4242   /home/memory";
+        let file = MemoryFile { inode: 4242, device: libc::makedev(0xfe, 0), path: "/x".into() };
+        let range = parse_mapping(line, &file).expect("found by its device");
         assert_eq!(range.page_count(), 131_072);
-        assert_eq!(parse_mapping(line, device, 4243), None);
-        assert_eq!(parse_mapping(line, libc::makedev(0xfe, 1), 4242), None);
-        assert_eq!(parse_mapping("garbage", device, 4242), None);
+        let elsewhere = MemoryFile { device: libc::makedev(0, 51), ..file.clone() };
+        assert_eq!(parse_mapping(line, &elsewhere), None);
+        let by_path = MemoryFile { path: "/home/memory".into(), ..elsewhere };
+        assert!(parse_mapping(line, &by_path).is_some());
+        assert_eq!(parse_mapping(line, &MemoryFile { inode: 4243, ..by_path }), None);
+        assert_eq!(parse_mapping("garbage", &file), None);
     }
 
     #[test]

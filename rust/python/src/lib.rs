@@ -5,6 +5,7 @@
 
 mod capture_file;
 mod errors;
+mod freeze;
 mod header;
 mod materialize;
 mod pack;
@@ -18,6 +19,7 @@ fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("PAGE_SIZE", 4096)?;
     module.add("FRAME_PAGES", 16)?;
     capture_file::register(module)?;
+    freeze::register(module)?;
     header::register(module)?;
     materialize::register(module)?;
     pack::register(module)

@@ -1,0 +1,101 @@
+"""VMM processes that outlive the daemon: naming, finding, watching and ending them.
+
+A pid alone names nothing after a restart: a process is its pid, its start time and the boot it
+belongs to. A pidfd pins it, so that a signal can never reach a successor of the same pid.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+
+from diapause.driver.base import ProcessRef
+
+_START_TIME_FIELD = 19  # of /proc/PID/stat, counted behind the command's closing bracket
+
+
+def boot_id() -> str:
+    """The running kernel's boot id."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def process_ref(pid: int) -> ProcessRef | None:
+    """The process that has this pid now; None where there is none, or only its zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    if fields[0] in "ZX":
+        return None
+    return ProcessRef(pid=pid, start_ticks=int(fields[_START_TIME_FIELD]), boot_id=boot_id())
+
+
+def is_alive(process: ProcessRef) -> bool:
+    """Whether exactly that process still runs."""
+    return process_ref(process.pid) == process
+
+
+class Pidfd:
+    """A handle of one process: signals go to it or to nobody."""
+
+    def __init__(self, process: ProcessRef) -> None:
+        self._fd = -1
+        try:
+            fd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            return
+        if is_alive(process):  # asked after the open: the descriptor can't be a successor's
+            self._fd = fd
+        else:
+            os.close(fd)
+
+    def alive(self) -> bool:
+        """Whether it runs; a process that is gone stays gone."""
+        return self._fd >= 0 and not self.wait(0.0)
+
+    def wait(self, bound_s: float) -> bool:
+        """Wait until it has ended; False where the bound came first."""
+        if self._fd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        ended = bool(poll.poll(bound_s * 1000))
+        if ended:
+            self.close()
+        return ended
+
+    def kill(self) -> None:
+        """SIGKILL; nothing happens where it is gone already."""
+        if self._fd >= 0:
+            try:
+                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+            except ProcessLookupError:
+                self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, readable when the process has ended; -1 where it is gone."""
+        return self._fd
+
+    def close(self) -> None:
+        """Let go of the handle."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def find_by_argument(argument: str) -> list[ProcessRef]:
+    """Every process of ours whose command line has exactly this argument."""
+    wanted, found = argument.encode(), []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted in arguments and (process := process_ref(int(entry.name))):
+            found.append(process)
+    return found

@@ -1,0 +1,123 @@
+"""The QEMU command line: every option of a machine, in one place.
+
+A device state only loads into a machine of the same devices at the same addresses, so all of them
+are written out, and `LAYOUT` changes when anything here that the guest can see does. Why these
+options, and not others: see docs/architecture.md, "The QEMU machine".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diapause.driver.base import StartPlan
+
+LAYOUT = 1
+PROGRAM = "qemu-system-x86_64"
+PACKAGE = "qemu-system-x86"
+BIOS = "/usr/share/qemu/qboot.rom"
+AGENT_PORT = "diapause.agent"
+SANDBOX_OPTIONS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+CPU_MODELS = {"tcg": "qemu64,+rdrand,+ssse3,+sse4.1,+sse4.2,+popcnt", "kvm": "host"}
+_ACCELERATORS = {"tcg": "tcg,tb-size=32", "kvm": "kvm"}  # the default buffer is 1 GiB of addresses
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """What the process inherits, by descriptor number."""
+
+    memory: int
+    commands: int
+    events: int
+    agent: int
+    console: int
+    disks: tuple[tuple[int, int], ...]  # (base, overlay)
+
+
+def name_argument(home_key: str, sandbox: str) -> str:
+    """The argument by which a machine of this home is known among all processes."""
+    return f"guest=diapause-{home_key}-{sandbox},debug-threads=on"
+
+
+def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
+    """The arguments, the program first."""
+    identity, shape = plan.identity, plan.shape
+    return [
+        PROGRAM,
+        "-name", name_argument(home_key, plan.sandbox),
+        "-M", f"{identity.machine},memory-backend=ram,usb=off,vmport=off,smbus=off,sata=off,"
+              "i8042=off,suppress-vmdesc=on",
+        "-accel", _ACCELERATORS[identity.accelerator],
+        "-cpu", identity.cpu,
+        "-smp", str(shape.cpus),
+        "-m", f"{shape.memory_bytes >> 20}M",
+        "-bios", BIOS,
+        "-nodefaults", "-no-user-config", "-nographic",
+        "-action", "reboot=shutdown,shutdown=pause,panic=pause",
+        "-S",
+        "-object", f"memory-backend-file,id=ram,size={shape.memory_bytes},"
+                   f"mem-path={memory_path(fds)},share=off",
+        *_monitors(fds),
+        *_serial(fds),
+        "-object", "rng-builtin,id=rng0",
+        "-device", "virtio-rng-pci,rng=rng0,addr=0x5",
+        "-device", "pvpanic-pci,addr=0x6",
+        *_disks(plan, fds),
+        "-sandbox", SANDBOX_OPTIONS,
+        *_start(plan),
+    ]  # fmt: skip
+
+
+def memory_path(fds: Descriptors) -> str:
+    """The memory file as QEMU is told to open it: a descriptor of its own."""
+    return f"/proc/self/fd/{fds.memory}"
+
+
+def _monitors(fds: Descriptors) -> list[str]:
+    return [
+        "-chardev", f"socket,id=commands,fd={fds.commands},server=on,wait=off",
+        "-mon", "chardev=commands,mode=control",
+        "-chardev", f"socket,id=events,fd={fds.events},server=on,wait=off",
+        "-mon", "chardev=events,mode=control",
+    ]  # fmt: skip
+
+
+def _serial(fds: Descriptors) -> list[str]:
+    return [
+        "-add-fd", f"fd={fds.console},set=1",
+        "-chardev", "file,id=console,path=/dev/fdset/1,append=on",
+        "-serial", "chardev:console",
+        "-device", "virtio-serial-pci,id=serial0,max_ports=4,addr=0x4",
+        "-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off",
+        "-device", f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
+    ]  # fmt: skip
+
+
+def _disks(plan: StartPlan, fds: Descriptors) -> list[str]:
+    arguments: list[str] = []
+    for index, (base, overlay) in enumerate(fds.disks):
+        name, first_set = f"disk{index}", 10 + 2 * index
+        arguments += [
+            "-add-fd", f"fd={base},set={first_set}",
+            "-add-fd", f"fd={overlay},set={first_set + 1}",
+            "-blockdev", f"driver=file,node-name={name}-base-file,filename=/dev/fdset/{first_set},"
+                         "read-only=on",
+            "-blockdev", f"driver=raw,node-name={name}-base,file={name}-base-file,read-only=on",
+            "-blockdev", f"driver=file,node-name={name}-file-0,filename=/dev/fdset/{first_set + 1}",
+            "-blockdev", f"driver=qcow2,node-name={name}-0,file={name}-file-0,"
+                         f"backing={name}-base,discard=unmap",
+            "-device", f"virtio-blk-pci,id={name},drive={name}-0,addr={0x8 + index:#x}",
+        ]  # fmt: skip
+    assert len(fds.disks) == len(plan.disks)
+    return arguments
+
+
+def _start(plan: StartPlan) -> list[str]:
+    if plan.boot is None:
+        return ["-incoming", "defer"]
+    return [
+        "-kernel", str(plan.boot.kernel),
+        "-initrd", str(plan.boot.initrd),
+        "-append", plan.boot.command_line,
+    ]  # fmt: skip

@@ -1,0 +1,204 @@
+"""QEMU as a driver: what this host's QEMU can be, starting machines and finding them again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+from diapause.driver.base import Shape, StartPlan, VmmIdentity
+from diapause.driver.process import find_by_argument, is_alive, process_ref
+from diapause.driver.qemu import command
+from diapause.driver.qemu.machine import QemuMachine, SocketPaths
+from diapause.errors import SnapshotIncompatible, VmmFailed, VmmMissing, VmmTooOld
+from diapause.limits import SUBPROCESS_S
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.driver.base import ProcessRef
+    from diapause.store.home import Home
+
+VERSION_MIN = (7, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _ask(program: str, stamp: int, *arguments: str) -> str:
+    """What the program prints; asked once for each state (`stamp`) of its file."""
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=SUBPROCESS_S, check=False
+    )
+    return done.stdout
+
+
+class QemuDriver:
+    """See `driver.base.Driver`."""
+
+    kind = "qemu"
+
+    def __init__(self, home: Home, tracker: Path | None) -> None:
+        self._home, self._tracker = home, tracker
+
+    def program(self) -> str:
+        """The path of QEMU; refuses a missing one."""
+        path = shutil.which(command.PROGRAM)
+        if path is None:
+            raise VmmMissing(program=command.PROGRAM, package=command.PACKAGE)
+        return path
+
+    def ask(self, *arguments: str) -> str:
+        """The output of QEMU with these arguments, cached until its file changes."""
+        path = self.program()
+        return _ask(path, os.stat(path).st_mtime_ns, *arguments)
+
+    def version(self) -> str:
+        """QEMU's version; refuses one that is too old."""
+        match = re.search(r"version (\d+)\.(\d+)\.(\d+)", self.ask("--version"))
+        if match is None:
+            raise VmmMissing(program=command.PROGRAM, package=command.PACKAGE)
+        if (int(match[1]), int(match[2])) < VERSION_MIN:
+            needed = ".".join(map(str, VERSION_MIN))
+            raise VmmTooOld(
+                program="QEMU", found=match[0], needed=needed, package=command.PACKAGE
+            )
+        return ".".join(match.groups())
+
+    def machines(self) -> list[str]:
+        """The versioned q35 machine types that this QEMU knows, newest first."""
+        found = re.findall(r"^pc-q35-(\d+)\.(\d+)\s", self.ask("-M", "help"), re.MULTILINE)
+        numbers = sorted(((int(a), int(b)) for a, b in found), reverse=True)
+        return [f"pc-q35-{major}.{minor}" for major, minor in numbers]
+
+    def identity(self, accelerator: str) -> VmmIdentity:
+        """What a new machine on this host is."""
+        return VmmIdentity(
+            kind=self.kind,
+            version=self.version(),
+            machine=self.machines()[0],
+            cpu=command.CPU_MODELS[accelerator],
+            accelerator=accelerator,
+        )
+
+    def check(self, snapshot: str, needed: VmmIdentity, accelerators: tuple[str, ...] = ()) -> None:
+        """Refuse, by the name of the part, an identity that this host can't provide."""
+
+        def refuse(part: str, wanted: str, found: str) -> None:
+            raise SnapshotIncompatible(snapshot=snapshot, part=part, needed=wanted, found=found)
+
+        if needed.kind != self.kind:
+            refuse("VMM", needed.kind, self.kind)
+        found = self.version()
+        if _numbers(found) < _numbers(needed.version):
+            refuse("QEMU version", needed.version, found)
+        if needed.machine not in self.machines():
+            refuse("machine type", needed.machine, ", ".join(self.machines()[:3]))
+        if needed.accelerator not in (accelerators or tuple(command.CPU_MODELS)):
+            refuse("accelerator", needed.accelerator, ", ".join(accelerators))
+        if needed.cpu != (known := command.CPU_MODELS[needed.accelerator]):
+            refuse("CPU model", needed.cpu, known)
+
+    def start(self, plan: StartPlan) -> QemuMachine:
+        """Spawn the process; its sockets take connections from the first moment on."""
+        program = self.program()
+        paths = SocketPaths(self._home.sockets, plan.sandbox)
+        paths.unlink()
+        with _Handed() as handed:
+            fds = command.Descriptors(
+                memory=handed.file(plan.memory, os.O_RDONLY),
+                commands=handed.listener(paths.commands),
+                events=handed.listener(paths.events),
+                agent=handed.listener(paths.agent),
+                console=handed.file(plan.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+                disks=tuple(
+                    (handed.file(disk.base, os.O_RDONLY), handed.file(disk.overlay, os.O_RDWR))
+                    for disk in plan.disks
+                ),
+            )
+            log = handed.file(plan.vmm_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            arguments = command.command_line(plan, fds, self._home.key)
+            child = subprocess.Popen(
+                [program, *arguments[1:]],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=handed.numbers,
+                env=self._environment(fds), start_new_session=True, cwd="/",
+            )  # fmt: skip
+        process = process_ref(child.pid)
+        if process is None:
+            raise VmmFailed(sandbox=plan.sandbox, step="spawn", cause=_last_line(plan.vmm_log))
+        machine = QemuMachine(plan.sandbox, process, paths, plan.memory, plan.shape)
+        machine.child = child
+        return self._answering(machine, plan)
+
+    def _answering(self, machine: QemuMachine, plan: StartPlan) -> QemuMachine:
+        try:
+            machine.status()
+        except VmmFailed as error:
+            machine.kill()
+            cause = _last_line(plan.vmm_log) or error.fields.get("cause")
+            raise VmmFailed(sandbox=plan.sandbox, step="spawn", cause=cause) from error
+        except Exception:
+            machine.kill()
+            raise
+        return machine
+
+    def _environment(self, fds: command.Descriptors) -> dict[str, str]:
+        environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
+        if self._tracker is not None:
+            environment["LD_PRELOAD"] = str(self._tracker)
+            environment["DIAPAUSE_MEMORY_PATH"] = command.memory_path(fds)
+            environment["DIAPAUSE_MEMORY_FD"] = str(fds.memory)
+        return environment
+
+    def adopt(
+        self, sandbox: str, process: ProcessRef, memory: Path, shape: Shape
+    ) -> QemuMachine | None:
+        """Take up a machine that an earlier daemon started; None where it is gone."""
+        if not is_alive(process):
+            return None
+        paths = SocketPaths(self._home.sockets, sandbox)
+        return QemuMachine(sandbox, process, paths, memory, shape)
+
+    def find(self, sandbox: str) -> ProcessRef | None:
+        """The machine of this sandbox that runs on this host, recorded or not."""
+        found = find_by_argument(command.name_argument(self._home.key, sandbox))
+        return found[0] if found else None
+
+
+class _Handed:
+    """Descriptors that a child inherits; ours are closed when it has them."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __enter__(self) -> _Handed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self.numbers:
+            os.close(fd)
+
+    def file(self, path: Path, flags: int) -> int:
+        """Open a file for the child."""
+        self.numbers.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+        return self.numbers[-1]
+
+    def listener(self, path: Path) -> int:
+        """Bind a socket for the child: clients may connect before it is up."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.bind(str(path))
+        listener.listen(2)
+        path.chmod(0o600)
+        self.numbers.append(listener.detach())
+        return self.numbers[-1]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1][:500] if lines else ""

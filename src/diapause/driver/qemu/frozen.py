@@ -1,0 +1,171 @@
+"""The frozen section: from `stop` to the last captured page, one instant of a guest.
+
+Order, and why it is this one:
+
+1. Before: descriptors are handed over, overlays are synced from outside (or `stop` would flush them
+   while the guest stands), the buffer is allocated and touched.
+2. `stop`, confirmed. It drains block I/O, so nothing writes guest RAM or a disk from here on.
+3. The disk overlays switch; no disk byte is copied.
+4. The device state. Never without `live=false`: the default inactivates the disks of a stopped VM.
+5. Dirty pages are listed and copied, and the buffer is sealed. Only now may the written marks go:
+6. Tracking is re-armed (a guest that goes on only).
+7. `cont`, or nothing for a pause.
+
+`frozen_ms` runs from before `stop` until all is captured. Whatever fails on the way, the guest goes
+on; what was switched or re-armed by then is in the error's `frozen`, since it can't be undone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from diapause.driver.base import FreezePlan, Frozen
+from diapause.driver.qemu.qmp import QmpError
+from diapause.errors import CaptureFailed, DiapauseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diapause.driver.qemu.machine import QemuMachine
+
+_STATE_SET = 900  # descriptor sets 1 and 10.. belong to the command line
+_OVERLAY_SET = 1000
+
+
+class FrozenSectionFailed(Exception):
+    """A frozen section that did not capture; the guest goes on unless `thawed` is false."""
+
+    def __init__(self, frozen: Frozen, error: CaptureFailed, thawed: bool) -> None:
+        super().__init__(str(error))
+        self.frozen, self.error, self.thawed = frozen, error, thawed
+
+
+class _Section:
+    """Measures the phases and knows the present step."""
+
+    def __init__(self) -> None:
+        self.frozen = Frozen()
+        self.step = "prepare"
+
+    def take(self, step: str, act: Callable[[], Any]) -> Any:
+        self.step = step
+        began = time.perf_counter()
+        try:
+            return act()
+        finally:
+            self.frozen.phases_ms[step] = (time.perf_counter() - began) * 1e3
+
+
+def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
+    """Run the section; raises FrozenSectionFailed, after which the guest goes on."""
+    section = _Section()
+    try:
+        nodes = _hand_over(machine, plan)
+    except (DiapauseError, QmpError, OSError) as error:
+        _take_back(machine)
+        raise FrozenSectionFailed(section.frozen, _failure(machine, section, error), True) from error
+    began = time.perf_counter()
+    try:
+        _capture(machine, plan, nodes, section)
+        section.frozen.frozen_ms = (time.perf_counter() - began) * 1e3
+        if plan.goes_on:
+            section.take("thaw", machine.thaw)
+    except (DiapauseError, QmpError, OSError) as error:
+        thawed = _thaw_after_failure(machine)
+        raise FrozenSectionFailed(
+            section.frozen, _failure(machine, section, error), thawed
+        ) from error
+    finally:
+        _take_back(machine)
+    return section.frozen
+
+
+def _capture(
+    machine: QemuMachine, plan: FreezePlan, nodes: list[tuple[str, str]], section: _Section
+) -> None:
+    frozen = section.frozen
+    section.take("stop", machine.stop)
+    for node, overlay in nodes:
+        section.take(
+            "switch", lambda n=node, o=overlay: machine.command("blockdev-snapshot", node=n, overlay=o)
+        )
+        frozen.switched = True
+    section.take("state", lambda: _save_state(machine))
+    filled = section.take(
+        "copy",
+        lambda: plan.buffer.fill(machine.ram, plan.rule, plan.unmerged, str(plan.spill)),
+    )
+    frozen.page_count, frozen.spilled_pages = filled.page_count, filled.spilled_pages
+    frozen.phases_ms |= {"scan": filled.scan_ms, "copy": filled.copy_ms, "spill": filled.spill_ms}
+    if plan.goes_on and machine.tracked:
+        section.take("rearm", machine.ram.rearm)
+        frozen.rearmed = True
+
+
+def _save_state(machine: QemuMachine) -> None:
+    machine.command("xen-save-devices-state", filename=f"/dev/fdset/{_STATE_SET}", live=False)
+
+
+def _hand_over(machine: QemuMachine, plan: FreezePlan) -> list[tuple[str, str]]:
+    """Give QEMU the state file and the next overlays; returns (top node, its overlay) per disk."""
+    state = os.open(plan.state, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        machine.command("add-fd", fd=state, fdset_id=_STATE_SET)
+    finally:
+        os.close(state)
+    nodes = []
+    for index, overlay in enumerate(plan.next_overlays):
+        nodes.append((top_node(machine, index), _add_overlay(machine, index, str(overlay))))
+    return nodes
+
+
+def top_node(machine: QemuMachine, index: int) -> str:
+    """The node that a disk writes to now, as QEMU says."""
+    for device in machine.checked("query-block"):
+        if device.get("qdev") == f"/machine/peripheral/disk{index}/virtio-backend":
+            return str(device["inserted"]["node-name"])
+    raise CaptureFailed(
+        sandbox=machine.sandbox, step="prepare", cause=f"disk{index} is gone", guest="goes on"
+    )
+
+
+def _add_overlay(machine: QemuMachine, index: int, path: str) -> str:
+    serial = sum(1 for _ in machine.checked("query-named-block-nodes", flat=True))
+    name, file_name = f"disk{index}-{serial}", f"disk{index}-file-{serial}"
+    set_id = _OVERLAY_SET + serial * 16 + index
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        machine.command("add-fd", fd=fd, fdset_id=set_id)
+    finally:
+        os.close(fd)
+    machine.command(
+        "blockdev-add", driver="file", node_name=file_name, filename=f"/dev/fdset/{set_id}"
+    )
+    machine.command(
+        "blockdev-add", driver="qcow2", node_name=name, file=file_name, backing=None,
+        discard="unmap",
+    )  # fmt: skip
+    return name
+
+
+def _take_back(machine: QemuMachine) -> None:
+    try:
+        machine.command("remove-fd", fdset_id=_STATE_SET)
+    except (QmpError, DiapauseError):
+        return  # it was never added, or the VMM is gone: nothing holds the descriptor then
+
+
+def _thaw_after_failure(machine: QemuMachine) -> bool:
+    try:
+        machine.thaw()
+    except DiapauseError:
+        return False
+    return True
+
+
+def _failure(machine: QemuMachine, section: _Section, error: Exception) -> CaptureFailed:
+    return CaptureFailed(
+        sandbox=machine.sandbox, step=section.step, cause=str(error), guest="goes on"
+    )
