@@ -1,0 +1,28 @@
+"""A group whose verbs are imported when they are used: start-up pays for one verb, not for all."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+
+class LazyGroup(click.Group):
+    """Verbs by name, as ``module:function``; listed in the order given."""
+
+    def __init__(self, *args: Any, verbs: dict[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order given."""
+        return list(self._verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb, imported now."""
+        if cmd_name not in self._verbs:
+            return None
+        module, _, function = self._verbs[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), function)
+        return command

@@ -1,0 +1,81 @@
+"""`diapause snapshot`: save, list and inspect snapshots."""
+
+from __future__ import annotations
+
+import click
+
+from diapause.cli.capture_options import capture_options
+from diapause.cli.context import Context, json_option, pass_context
+from diapause.cli.figures import capture_line
+from diapause.cli.output import data, json_document, pretty, say, table
+from diapause.model import CaptureRequest, Durability
+from diapause.units import format_size
+
+_SAVE_EXAMPLES = """\b
+Examples:
+  diapause snapshot save web --name before-upgrade
+  diapause snapshot save web --json | jq -r .snapshot"""
+
+_LS_EXAMPLES = """\b
+Examples:
+  diapause snapshot ls"""
+
+_INSPECT_EXAMPLES = """\b
+Examples:
+  diapause snapshot inspect before-upgrade"""
+
+
+@click.group()
+@json_option
+def snapshot() -> None:
+    """Sandboxes as they were at one instant."""
+
+
+@snapshot.command(epilog=_SAVE_EXAMPLES)
+@click.argument("sandbox")
+@click.option("--name", help="A name beside the id.")
+@capture_options
+@json_option
+@pass_context
+def save(
+    context: Context, sandbox: str, name: str | None, durability: Durability, quiesce: bool
+) -> None:
+    """Take a snapshot of a sandbox that goes on. From and to: running, paused."""
+    request = CaptureRequest(durability=durability, quiesce=quiesce, name=name)
+    answer = context.client().save(sandbox, request)
+    for note in answer.notes:
+        say(note)
+    if context.json:
+        json_document(answer)
+    else:
+        data(capture_line("saved", answer))
+
+
+@snapshot.command("ls", epilog=_LS_EXAMPLES)
+@json_option
+@pass_context
+def list_snapshots(context: Context) -> None:
+    """List the snapshots."""
+    answer = context.client().snapshots()
+    if context.json:
+        json_document(answer)
+        return
+    rows = [
+        [
+            one.id, one.name or "-", one.sandbox, one.parent or "-", one.state, one.durability,
+            format_size(one.stored_bytes), one.created_at,
+        ]
+        for one in answer
+    ]  # fmt: skip
+    columns = ["snapshot", "name", "sandbox", "parent", "state", "durability", "stored", "created"]
+    table(columns, rows)
+
+
+@snapshot.command("inspect", epilog=_INSPECT_EXAMPLES)
+@click.argument("snapshot")
+@json_option
+@pass_context
+def inspect_snapshot(context: Context, snapshot: str) -> None:
+    """Show all that is known of a snapshot, as JSON."""
+    answer = context.client().inspect_snapshot(snapshot)
+    (json_document if context.json else pretty)(answer)

@@ -1,0 +1,211 @@
+"""The ASGI application: requests decoded and bounded, verbs run, failures typed.
+
+Nothing reaches the engine unchecked, and nothing but JSON with the right status leaves, whatever
+goes wrong. The routes are those of `routes.ROUTES`, no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.routing import Route as HttpRoute
+
+from diapause import __version__, limits
+from diapause.daemon.exec_stream import exec_stream
+from diapause.daemon.logs import console
+from diapause.daemon.openapi import document
+from diapause.daemon.routes import ROUTES, Call, Route, SystemAnswer
+from diapause.daemon.state import State
+from diapause.errors import DiapauseError, InvalidRequest
+
+log = logging.getLogger("diapause.daemon")
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+_FLAG = {"true": True, "1": True, "false": False, "0": False}
+
+
+def application(state: State) -> Starlette:
+    """The application over one daemon's state."""
+    return Starlette(
+        routes=_http_routes(state),
+        exception_handlers={
+            DiapauseError: _failed,
+            HTTPException: _refused,
+            Exception: _broke,
+        },
+    )
+
+
+def _http_routes(state: State) -> list[BaseRoute]:
+    streams: dict[str, Endpoint] = {
+        "system": partial(_system, state),
+        "logs": partial(_logs, state),
+        "exec": _needs_websocket,
+        "openapi": partial(_openapi, msgspec.json.encode(document())),
+    }
+    # One path is one starlette route whatever its methods, so that a wrong method is told from
+    # a wrong path, with all that the path allows.
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for route in ROUTES:
+        endpoint = streams[route.stream] if route.stream else partial(_answer, state, route)
+        by_path.setdefault(route.path, {})[route.method] = endpoint
+    found: list[BaseRoute] = [
+        WebSocketRoute(route.path, partial(exec_stream, state))
+        for route in ROUTES
+        if route.stream == "exec"
+    ]
+    for path, methods in by_path.items():
+        found.append(HttpRoute(path, partial(_dispatch, methods), methods=list(methods)))
+    return found
+
+
+async def _dispatch(methods: dict[str, Endpoint], request: Request) -> Response:
+    """Starlette answers HEAD where there is GET."""
+    method = "GET" if request.method == "HEAD" else request.method
+    return await methods[method](request)
+
+
+async def _answer(state: State, route: Route, request: Request) -> Response:
+    call = await _checked(route, request)
+    engine = await state.engine()
+    assert route.handler is not None, route.operation
+    work = partial(route.handler, engine, call)
+    began = time.monotonic()
+    if route.method == "GET":
+        return json_response(await state.workers.read(work))
+    try:
+        answer = await state.workers.verb(work)
+    except DiapauseError as error:
+        _log_verb(route, call, began, f"{error.code}: {error.message}")
+        raise
+    _log_verb(route, call, began, "done")
+    return json_response(answer)
+
+
+def _log_verb(route: Route, call: Call, began: float, outcome: str) -> None:
+    elapsed_ms = (time.monotonic() - began) * 1000
+    log.info("%s %r in %.1f ms: %s", route.operation, call.ref, elapsed_ms, outcome)
+
+
+async def _checked(route: Route, request: Request) -> Call:
+    body = await _body(request)
+    if route.request is None:
+        if body:
+            raise InvalidRequest(what="the request", cause="it takes no body")
+        return Call(reference(request), _flags(route, request))
+    if not body and not route.body_needed:
+        return Call(reference(request), _flags(route, request), route.request())
+    try:
+        decoded = msgspec.json.decode(body, type=route.request)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(what="the request body", cause=error) from error
+    return Call(reference(request), _flags(route, request), decoded)
+
+
+async def _body(request: Request) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limits.REQUEST_BODY_BYTES_MAX:
+            cause = f"it is larger than {limits.REQUEST_BODY_BYTES_MAX} bytes"
+            raise InvalidRequest(what="the request body", cause=cause)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def reference(request: Request) -> str:
+    """The id, prefix or name in the path; an empty string where the path has none."""
+    ref = str(request.path_params.get("ref", ""))
+    if len(ref) > limits.REFERENCE_LENGTH_MAX:
+        cause = f"it is longer than {limits.REFERENCE_LENGTH_MAX} characters"
+        raise InvalidRequest(what="the id or name", cause=cause)
+    return ref
+
+
+def _flags(route: Route, request: Request) -> dict[str, bool]:
+    found = dict.fromkeys(route.flags, False)
+    for name, value in request.query_params.multi_items():
+        if name not in found:
+            raise InvalidRequest(what=f"the parameter {name!r}", cause="there is no such parameter")
+        if value not in _FLAG:
+            raise InvalidRequest(what=f"the parameter {name!r}", cause="it is true or false")
+        found[name] = _FLAG[value]
+    return found
+
+
+async def _system(state: State, request: Request) -> Response:
+    await _checked(_route("system"), request)
+    return json_response(
+        SystemAnswer(
+            version=__version__, pid=os.getpid(), home=str(state.home.root), ready=state.ready
+        )
+    )
+
+
+async def _logs(state: State, request: Request) -> Response:
+    call = await _checked(_route("logs"), request)
+    engine = await state.engine()
+    path = await state.workers.read(lambda: engine.console_log(call.ref))
+    return console(path, request, follow=call.flags["follow"])
+
+
+async def _needs_websocket(request: Request) -> Response:
+    await _checked(_route("exec"), request)
+    error = InvalidRequest(what="the request", cause="exec is a WebSocket; ask for an upgrade")
+    return _error_response(error, status=426, headers={"Upgrade": "websocket"})
+
+
+async def _openapi(encoded: bytes, request: Request) -> Response:
+    await _checked(_route("openapi"), request)
+    return Response(encoded, media_type="application/json")
+
+
+def _route(stream: str) -> Route:
+    return next(route for route in ROUTES if route.stream == stream)
+
+
+def json_response(answer: object) -> Response:
+    """An answer as JSON."""
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def _error_response(
+    error: DiapauseError, status: int | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(
+        msgspec.json.encode({"error": error.to_dict()}),
+        status_code=status or error.status,
+        media_type="application/json",
+        headers=headers,
+    )
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DiapauseError)
+    return _error_response(error)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: an unknown path, a method that the path has not."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    typed = InvalidRequest(what=what, cause=f"the API has no such thing ({error.detail})")
+    return _error_response(typed, error.status_code, dict(error.headers or {}))
+
+
+async def _broke(request: Request, error: Exception) -> Response:
+    """A defect of ours: logged whole by starlette's caller, answered in one line."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)
+    return _error_response(DiapauseError(cause=f"{type(error).__name__}: {error}"))

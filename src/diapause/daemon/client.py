@@ -1,0 +1,178 @@
+"""A client of the daemon: HTTP over its unix socket, answers as the engine's own types.
+
+One connection a call; a daemon that is not there is started. Imports little, since every run of the
+command line pays for it. Failures of the daemon come back as the class they were.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from diapause import limits, model
+from diapause.daemon.start import DaemonCommand, connect, daemon_command
+from diapause.errors import DaemonUnreachable, DiapauseError, InvalidRequest, from_dict
+from diapause.store.home import Home
+from diapause.units import KIB, MIB
+
+T = TypeVar("T")
+
+# Longer than any verb may take: a daemon that is silent for so long is taken for dead.
+VERB_S = limits.PACK_S + limits.LOCK_S
+ANSWER_BYTES_MAX = 256 * MIB
+_READ_BYTES = 64 * KIB
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a connected socket."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        super().__init__("diapause")
+        self._connected = connected
+
+    def connect(self) -> None:
+        self.sock = self._connected
+
+
+class Client:
+    """The verbs of one home's daemon."""
+
+    def __init__(self, home: Home, command: DaemonCommand = daemon_command) -> None:
+        self.home = home
+        self._command = command
+
+    def connect(self) -> socket.socket:
+        """A connection to the daemon, which is started if there is none."""
+        return connect(self.home, self._command)
+
+    def doctor(self) -> model.DoctorAnswer:
+        """Prove what this host can do."""
+        return self._call("POST", "/v1/doctor", model.DoctorAnswer)
+
+    def build_image(self, request: model.ImageBuildRequest) -> model.ImageInfo:
+        """Build an image, or find that it exists."""
+        return self._call("POST", "/v1/images", model.ImageInfo, request)
+
+    def images(self) -> list[model.ImageInfo]:
+        """All images."""
+        return self._call("GET", "/v1/images", list[model.ImageInfo])
+
+    def run(self, request: model.RunRequest) -> model.RunAnswer:
+        """Make a sandbox and start it."""
+        return self._call("POST", "/v1/sandboxes", model.RunAnswer, request)
+
+    def sandboxes(self, everything: bool = False) -> list[model.SandboxRow]:
+        """The sandboxes; with `everything` also stopped, failed and half-removed ones."""
+        path = f"/v1/sandboxes?all={str(everything).lower()}"
+        return self._call("GET", path, list[model.SandboxRow])
+
+    def inspect(self, reference: str) -> model.SandboxDetail:
+        """One sandbox."""
+        return self._call("GET", _sandbox(reference), model.SandboxDetail)
+
+    def remove(self, reference: str, force: bool = False) -> model.RemoveAnswer:
+        """Remove a sandbox."""
+        path = f"{_sandbox(reference)}?force={str(force).lower()}"
+        return self._call("DELETE", path, model.RemoveAnswer)
+
+    def pause(self, reference: str, request: model.CaptureRequest) -> model.CaptureAnswer:
+        """Save everything and free the memory."""
+        return self._call("POST", _sandbox(reference, "/pause"), model.CaptureAnswer, request)
+
+    def save(self, reference: str, request: model.CaptureRequest) -> model.CaptureAnswer:
+        """Take a snapshot of a sandbox that goes on."""
+        return self._call("POST", _sandbox(reference, "/snapshots"), model.CaptureAnswer, request)
+
+    def resume(self, reference: str, request: model.ResumeRequest) -> model.ResumeAnswer:
+        """Bring a paused sandbox back."""
+        return self._call("POST", _sandbox(reference, "/resume"), model.ResumeAnswer, request)
+
+    def fork(self, request: model.ForkRequest) -> model.ForkAnswer:
+        """Make new sandboxes from a sandbox or a snapshot."""
+        return self._call("POST", "/v1/forks", model.ForkAnswer, request)
+
+    def snapshots(self) -> list[model.SnapshotDetail]:
+        """All snapshots."""
+        return self._call("GET", "/v1/snapshots", list[model.SnapshotDetail])
+
+    def inspect_snapshot(self, reference: str) -> model.SnapshotDetail:
+        """One snapshot."""
+        return self._call("GET", f"/v1/snapshots/{segment(reference)}", model.SnapshotDetail)
+
+    def logs(self, reference: str, follow: bool = False) -> Iterator[bytes]:
+        """The guest's console; with `follow` on and on, until the caller stops."""
+        path = f"{_sandbox(reference, '/logs')}?follow={str(follow).lower()}"
+        with self.connect() as connected:
+            # Following waits as long as the guest is quiet: the daemon's death ends it.
+            connected.settimeout(None if follow else VERB_S)
+            response = self._response(connected, "GET", path, None)
+            if response.status != http.client.OK:
+                raise _failure(self.home, response.read(ANSWER_BYTES_MAX))
+            try:
+                while chunk := response.read1(_READ_BYTES):
+                    yield chunk
+            except (OSError, http.client.HTTPException) as error:
+                raise _gone(self.home, error) from error
+
+    def _call(
+        self, method: str, path: str, answer: type[T], body: msgspec.Struct | None = None
+    ) -> T:
+        with self.connect() as connected:
+            connected.settimeout(VERB_S)
+            encoded = None if body is None else msgspec.json.encode(body)
+            response = self._response(connected, method, path, encoded)
+            try:
+                raw = response.read(ANSWER_BYTES_MAX)
+            except (OSError, http.client.HTTPException) as error:
+                raise _gone(self.home, error) from error
+        if response.status != http.client.OK:
+            raise _failure(self.home, raw)
+        try:
+            return msgspec.json.decode(raw, type=answer)
+        except msgspec.DecodeError as error:
+            raise DaemonUnreachable(home=self.home.root, cause=f"its answer: {error}") from error
+
+    def _response(
+        self, connected: socket.socket, method: str, path: str, body: bytes | None
+    ) -> http.client.HTTPResponse:
+        connection = _Connection(connected)
+        headers = {"Connection": "close"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        try:
+            connection.request(method, path, body, headers)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise _gone(self.home, error) from error
+
+
+def segment(reference: str) -> str:
+    """An id or name as one segment of a path; raises InvalidRequest where it can't be one."""
+    if not reference or "/" in reference or len(reference) > limits.REFERENCE_LENGTH_MAX:
+        cause = f"it has 1 to {limits.REFERENCE_LENGTH_MAX} characters and no slash"
+        raise InvalidRequest(what=f"the id or name {reference[:80]!r}", cause=cause)
+    return quote(reference, safe="")
+
+
+def _sandbox(reference: str, rest: str = "") -> str:
+    return f"/v1/sandboxes/{segment(reference)}{rest}"
+
+
+def _failure(home: Home, raw: bytes) -> DiapauseError:
+    try:
+        answer: dict[str, dict[str, Any]] = msgspec.json.decode(raw, type=dict[str, dict[str, Any]])
+        return from_dict(answer["error"])
+    except (msgspec.DecodeError, KeyError):
+        return DaemonUnreachable(home=home.root, cause=f"it answered {raw[:200]!r}")
+
+
+def _gone(home: Home, error: Exception) -> DaemonUnreachable:
+    cause = str(error) or type(error).__name__
+    if isinstance(error, (http.client.RemoteDisconnected, ConnectionError)):
+        cause = "it went away before it answered; what it began, the next one finishes or undoes"
+    return DaemonUnreachable(home=home.root, cause=cause)

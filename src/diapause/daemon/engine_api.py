@@ -1,0 +1,114 @@
+"""The engine as the daemon sees it: the seam between HTTP and the verbs.
+
+Every synchronous method is thread-safe, bounded in time, and runs in a worker thread; only `exec`
+is awaited in the event loop, since a stream lives there. Every failure is a `DiapauseError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from diapause.daemon.exec_wire import ExecRequest
+from diapause.model import (
+    CaptureAnswer,
+    CaptureRequest,
+    DoctorAnswer,
+    ForkAnswer,
+    ForkRequest,
+    ImageBuildRequest,
+    ImageInfo,
+    RemoveAnswer,
+    ResumeAnswer,
+    ResumeRequest,
+    RunAnswer,
+    RunRequest,
+    SandboxDetail,
+    SandboxRow,
+    SnapshotDetail,
+)
+from diapause.store.home import Home
+
+
+class Session(Protocol):
+    """A command that runs in a guest.
+
+    Iterating yields objects with `stream` (1 or 2) and `data`, and last one with `code`; it raises
+    `ExecCut` where the stream ended before that. `write` returns when there is room for more.
+    """
+
+    async def write(self, data: bytes) -> None:
+        """Hand on input; returns when there is room for more."""
+
+    async def end_input(self) -> None:
+        """Say that the input ends here."""
+
+    async def signal(self, number: int) -> None:
+        """Send the command a signal."""
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Tell the command's terminal its size."""
+
+    def abandon(self) -> None:
+        """Stop caring: what the command still writes is discarded."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+
+
+class Engine(Protocol):
+    """What one home can do."""
+
+    def close(self) -> None:
+        """Let go of everything; guests go on."""
+
+    def doctor(self) -> DoctorAnswer:
+        """Prove what this host can do."""
+
+    def build_image(self, request: ImageBuildRequest) -> ImageInfo:
+        """Build an image, or find that it exists."""
+
+    def images(self) -> list[ImageInfo]:
+        """All images."""
+
+    def run(self, request: RunRequest) -> RunAnswer:
+        """Make a sandbox and start it."""
+
+    def sandboxes(self, everything: bool) -> list[SandboxRow]:
+        """All but stopped, failed and half-removed ones, or `everything`."""
+
+    def inspect(self, reference: str) -> SandboxDetail:
+        """One sandbox."""
+
+    def remove(self, references: list[str], force: bool) -> RemoveAnswer:
+        """Remove sandboxes; one that is gone already is a success."""
+
+    def pause(self, reference: str, request: CaptureRequest) -> CaptureAnswer:
+        """Save everything and free the memory."""
+
+    def save(self, reference: str, request: CaptureRequest) -> CaptureAnswer:
+        """Take a snapshot of a sandbox that goes on."""
+
+    def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
+        """Bring a paused sandbox back."""
+
+    def fork(self, request: ForkRequest) -> ForkAnswer:
+        """Make new sandboxes from a sandbox or a snapshot."""
+
+    def snapshots(self) -> list[SnapshotDetail]:
+        """All snapshots."""
+
+    def inspect_snapshot(self, reference: str) -> SnapshotDetail:
+        """One snapshot."""
+
+    def console_log(self, reference: str) -> Path:
+        """The file that the guest's console is written to."""
+
+    async def exec(self, reference: str, request: ExecRequest) -> Session:
+        """Start a command in a running sandbox."""
+
+
+# Opens a home in a worker thread at start: recovers what a killed daemon left and adopts the
+# guests that run. `Engine.open` in the product.
+OpenEngine = Callable[[Home, asyncio.AbstractEventLoop], Engine]

@@ -1,0 +1,149 @@
+"""Every HTTP route, once: the application and the OpenAPI document are both made from `ROUTES`.
+
+A handler is a plain function that runs in a worker thread with the engine and a checked `Call`.
+The two streaming routes (console log, exec) have their own handlers and stand in the table too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from diapause import model
+from diapause.daemon.engine_api import Engine
+from diapause.model import Answer
+
+
+class SystemAnswer(Answer):
+    """The daemon that answers; `ready` once it has recovered its home."""
+
+    version: str
+    pid: int
+    home: str
+    ready: bool
+
+
+class ErrorAnswer(Answer):
+    """Every failure, under the status of its class."""
+
+    error: ErrorBody
+
+
+class ErrorBody(Answer):
+    """`code` is stable; `exit_code` is what the command line exits with."""
+
+    code: str
+    message: str
+    hint: str
+    exit_code: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, decoded and checked."""
+
+    ref: str = ""
+    flags: dict[str, bool] = field(default_factory=dict)
+    body: Any = None
+
+
+Handler = Callable[[Engine, Call], Any]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one path; `stream` names what answers it instead of `handler`."""
+
+    method: str
+    path: str
+    operation: str
+    summary: str
+    answer: Any = None
+    request: type[msgspec.Struct] | None = None
+    handler: Handler | None = None
+    flags: dict[str, str] = field(default_factory=dict)
+    stream: str = ""
+    # A body that may be left out stands for the request's defaults.
+    body_needed: bool = True
+
+
+def _get(path: str, operation: str, summary: str, answer: Any, handler: Handler) -> Route:
+    return Route("GET", path, operation, summary, answer, handler=handler)
+
+
+SANDBOX = "/v1/sandboxes/{ref}"
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/v1/system", "system", "The daemon itself", SystemAnswer, stream="system"),
+    Route(
+        "POST", "/v1/doctor", "doctor", "Prove what this host can do", model.DoctorAnswer,
+        handler=lambda engine, call: engine.doctor(),
+    ),
+    _get(
+        "/v1/images", "listImages", "All images", list[model.ImageInfo],
+        lambda engine, call: engine.images(),
+    ),
+    Route(
+        "POST", "/v1/images", "buildImage", "Build an image; one that exists stays as it is",
+        model.ImageInfo, model.ImageBuildRequest,
+        lambda engine, call: engine.build_image(call.body),
+    ),
+    Route(
+        "GET", "/v1/sandboxes", "listSandboxes", "Sandboxes", list[model.SandboxRow],
+        handler=lambda engine, call: engine.sandboxes(call.flags["all"]),
+        flags={"all": "also stopped, failed and half-removed ones"},
+    ),
+    Route(
+        "POST", "/v1/sandboxes", "runSandbox", "Make a sandbox and start it", model.RunAnswer,
+        model.RunRequest, lambda engine, call: engine.run(call.body), body_needed=False,
+    ),
+    _get(
+        SANDBOX, "inspectSandbox", "One sandbox", model.SandboxDetail,
+        lambda engine, call: engine.inspect(call.ref),
+    ),
+    Route(
+        "DELETE", SANDBOX, "removeSandbox", "Remove a sandbox", model.RemoveAnswer,
+        handler=lambda engine, call: engine.remove([call.ref], call.flags["force"]),
+        flags={"force": "also one that runs"},
+    ),
+    Route(
+        "POST", SANDBOX + "/pause", "pauseSandbox", "Save everything, free the memory",
+        model.CaptureAnswer, model.CaptureRequest,
+        lambda engine, call: engine.pause(call.ref, call.body), body_needed=False,
+    ),
+    Route(
+        "POST", SANDBOX + "/resume", "resumeSandbox", "Bring a paused sandbox back",
+        model.ResumeAnswer, model.ResumeRequest,
+        lambda engine, call: engine.resume(call.ref, call.body), body_needed=False,
+    ),
+    Route(
+        "POST", SANDBOX + "/snapshots", "saveSandbox", "Take a snapshot; the guest goes on",
+        model.CaptureAnswer, model.CaptureRequest,
+        lambda engine, call: engine.save(call.ref, call.body), body_needed=False,
+    ),
+    Route(
+        "GET", SANDBOX + "/logs", "sandboxLogs", "The guest's console, raw", stream="logs",
+        flags={"follow": "go on as it grows, until the client leaves"},
+    ),
+    Route(
+        "GET", SANDBOX + "/exec", "execInSandbox", "Run a command: a WebSocket, see docs/api.md",
+        stream="exec",
+    ),
+    Route(
+        "POST", "/v1/forks", "fork", "Make new sandboxes from a sandbox or a snapshot",
+        model.ForkAnswer, model.ForkRequest, lambda engine, call: engine.fork(call.body),
+    ),
+    _get(
+        "/v1/snapshots", "listSnapshots", "All snapshots", list[model.SnapshotDetail],
+        lambda engine, call: engine.snapshots(),
+    ),
+    _get(
+        "/v1/snapshots/{ref}", "inspectSnapshot", "One snapshot", model.SnapshotDetail,
+        lambda engine, call: engine.inspect_snapshot(call.ref),
+    ),
+    Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),
+)  # fmt: skip

@@ -1,0 +1,123 @@
+"""Start a home's daemon when nobody answers on its socket: once, however many ask.
+
+Any number of clients may spawn one; the daemon's own lock decides which of them serves, and the
+others exit at once. So a client only spawns, and connects as soon as somebody listens.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from diapause import limits
+from diapause.errors import DaemonUnreachable
+from diapause.store.home import Home
+from diapause.units import MIB
+
+if TYPE_CHECKING:
+    import subprocess
+
+LOG_BYTES_MAX = 16 * MIB
+_POLL_S = 0.02
+_RESPAWN_S = 0.5
+_TAIL_BYTES = 2048
+
+# The command line of a daemon for a home.
+DaemonCommand = Callable[[Home], list[str]]
+
+
+def daemon_command(home: Home) -> list[str]:
+    """This program's own daemon; `-P` keeps the working directory off the import path."""
+    return [
+        sys.executable, "-P", "-m", "diapause", "--home", str(home.root), "serve", "--detached",
+    ]  # fmt: skip
+
+
+def connect(home: Home, command: DaemonCommand = daemon_command) -> socket.socket:
+    """A connection to the home's daemon, which is started if nobody listens."""
+    connection = try_connect(home)
+    return connection if connection is not None else _start(home, command)
+
+
+def try_connect(home: Home) -> socket.socket | None:
+    """A connection, or None where no daemon listens."""
+    if not home.sockets.exists():
+        return None
+    trust_directory(home)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(limits.DAEMON_START_S)
+    try:
+        connection.connect(str(home.serve_socket))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        raise DaemonUnreachable(home=home.root, cause=error) from error
+    return connection
+
+
+def trust_directory(home: Home) -> None:
+    """Refuse a socket directory that others could write: it may lie in a shared place."""
+    status = home.sockets.lstat()
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not mine or status.st_mode & 0o022:
+        cause = f"{home.sockets} does not belong to this user alone"
+        raise DaemonUnreachable(home=home.root, cause=cause)
+
+
+def _start(home: Home, command: DaemonCommand) -> socket.socket:
+    deadline = time.monotonic() + limits.DAEMON_START_S
+    child, spawned = _spawn(home, command), time.monotonic()
+    while time.monotonic() < deadline:
+        connection = try_connect(home)
+        if connection is not None:
+            return connection
+        code = child.poll()
+        if code:
+            cause = f"it exited with {code} at its start: {_last_words(home)}"
+            raise DaemonUnreachable(home=home.root, cause=cause)
+        # It lost against a daemon that was on its way out: that one's end frees the lock.
+        if code == 0 and time.monotonic() > spawned + _RESPAWN_S:
+            child, spawned = _spawn(home, command), time.monotonic()
+        time.sleep(_POLL_S)
+    cause = f"it did not listen within {limits.DAEMON_START_S:.0f} s"
+    raise DaemonUnreachable(home=home.root, cause=cause)
+
+
+def _spawn(home: Home, command: DaemonCommand) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    try:
+        home.create()
+        log = _open_log(home)
+    except OSError as error:
+        raise DaemonUnreachable(home=home.root, cause=error) from error
+    try:
+        return subprocess.Popen(
+            command(home), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    except OSError as error:
+        raise DaemonUnreachable(home=home.root, cause=error) from error
+    finally:
+        os.close(log)
+
+
+def _open_log(home: Home) -> int:
+    """The log to append to; a large one is set aside as serve.log.1."""
+    path = home.serve_log
+    if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
+        path.replace(path.with_suffix(".log.1"))
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _last_words(home: Home) -> str:
+    with home.serve_log.open("rb") as file:
+        file.seek(max(0, home.serve_log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

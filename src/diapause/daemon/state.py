@@ -1,0 +1,70 @@
+"""What the daemon holds while it runs: its home, its engine once that is open, its workers.
+
+The socket answers before the engine is open. A request waits for it, bounded; where opening failed
+every request is answered with that failure, typed, so the client can say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+from diapause import limits
+from diapause.daemon.engine_api import Engine, OpenEngine
+from diapause.daemon.workers import Workers
+from diapause.errors import DaemonUnreachable, DiapauseError
+from diapause.store.home import Home
+
+log = logging.getLogger("diapause.daemon")
+
+
+@dataclass
+class State:
+    """One daemon's life."""
+
+    home: Home
+    open_engine: OpenEngine
+    workers: Workers = field(default_factory=Workers)
+    failure: DiapauseError | None = None
+    streams: int = 0
+    _engine: Engine | None = None
+    _opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine is open."""
+        return self._engine is not None
+
+    async def open(self) -> None:
+        """Open the engine; a failure is kept for whoever asks."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._engine = await self.workers.read(lambda: self.open_engine(self.home, loop))
+        except DiapauseError as error:
+            self.failure = error
+        except Exception as error:
+            log.exception("opening %s failed", self.home.root)
+            self.failure = DiapauseError(cause=f"{type(error).__name__}: {error}")
+        self._opened.set()
+
+    async def engine(self) -> Engine:
+        """The engine; raises why there is none."""
+        try:
+            await asyncio.wait_for(self._opened.wait(), limits.LOCK_S)
+        except TimeoutError as error:
+            cause = f"it has been recovering for {limits.LOCK_S:.0f} s"
+            raise DaemonUnreachable(home=self.home.root, cause=cause) from error
+        if self._engine is None:
+            raise self.failure or DiapauseError(cause="the engine did not open")
+        return self._engine
+
+    async def close(self, bound_s: float) -> bool:
+        """Wait for the verbs under way and close the engine; False where the bound was reached."""
+        left = await self.workers.drain(bound_s)
+        if left:
+            log.warning("%d verbs were still running after %.0f s", left, bound_s)
+            return False
+        if self._engine is not None:
+            await self.workers.read(self._engine.close)
+        return True
