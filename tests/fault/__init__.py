@@ -1,0 +1,1 @@
+"""Tests in which something is killed, full or damaged."""

@@ -1,0 +1,1 @@
+"""Golden files: what was written once is read for ever."""

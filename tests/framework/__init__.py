@@ -1,0 +1,1 @@
+"""What tests stand on: homes, processes, virtual machines by hand."""

@@ -1,0 +1,1 @@
+"""Tests of `diapause.guest` without a guest."""
