@@ -106,6 +106,7 @@ class DeviceRecord(msgspec.Struct, kw_only=True):
     header_digest: str
     header_bytes: int
     captured_pages: int
+    changed_pages: int | None = None  # neither the parent's nor zero twice; known once packed
     stored_bytes: int = 0
     builds: list[str] = []
 

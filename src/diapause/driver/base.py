@@ -109,8 +109,8 @@ class Machine(Protocol):
     process: ProcessRef
     tracked: bool
 
-    def load_state(self, state: Path) -> None:
-        """Load a device state into a machine that waits for one; it stands afterwards."""
+    def load_state(self, state: int) -> None:
+        """Load a device state (an open file) into a machine that waits for one; it stands then."""
 
     def thaw(self) -> None:
         """Let the vCPUs run."""
@@ -148,14 +148,16 @@ class Driver(Protocol):
     def identity(self, accelerator: str) -> VmmIdentity:
         """What a new machine on this host is; refuses a VMM that is missing or too old."""
 
-    def check(self, snapshot: str, needed: VmmIdentity) -> None:
+    def check(self, snapshot: str, needed: VmmIdentity, accelerators: tuple[str, ...]) -> None:
         """Refuse, by the name of the part, an identity that this host can't provide."""
 
     def start(self, plan: StartPlan) -> Machine:
         """Spawn the process and answer once it takes commands."""
 
-    def adopt(self, sandbox: str, process: ProcessRef, memory: Path, shape: Shape) -> Machine:
-        """Take up a machine that an earlier daemon started."""
+    def adopt(
+        self, sandbox: str, process: ProcessRef, memory: Path, shape: Shape
+    ) -> Machine | None:
+        """Take up a machine that an earlier daemon started; None where it is gone."""
 
-    def orphans(self) -> dict[str, ProcessRef]:
-        """Every machine of this home that runs on this host, by sandbox."""
+    def find(self, sandbox: str) -> ProcessRef | None:
+        """The machine of this sandbox that runs on this host, recorded or not."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diapause.driver.base import StartPlan
 
 LAYOUT = 1
@@ -69,6 +71,11 @@ def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
     ]  # fmt: skip
 
 
+def node_name(index: int, overlay: Path) -> str:
+    """The block node of an overlay: it says which file the disk writes to, whoever asks later."""
+    return f"disk{index}-{overlay.stem.rsplit('.', 1)[-1]}"
+
+
 def memory_path(fds: Descriptors) -> str:
     """The memory file as QEMU is told to open it: a descriptor of its own."""
     return f"/proc/self/fd/{fds.memory}"
@@ -98,16 +105,17 @@ def _disks(plan: StartPlan, fds: Descriptors) -> list[str]:
     arguments: list[str] = []
     for index, (base, overlay) in enumerate(fds.disks):
         name, first_set = f"disk{index}", 10 + 2 * index
+        top = node_name(index, plan.disks[index].overlay)
         arguments += [
             "-add-fd", f"fd={base},set={first_set}",
             "-add-fd", f"fd={overlay},set={first_set + 1}",
             "-blockdev", f"driver=file,node-name={name}-base-file,filename=/dev/fdset/{first_set},"
                          "read-only=on",
             "-blockdev", f"driver=raw,node-name={name}-base,file={name}-base-file,read-only=on",
-            "-blockdev", f"driver=file,node-name={name}-file-0,filename=/dev/fdset/{first_set + 1}",
-            "-blockdev", f"driver=qcow2,node-name={name}-0,file={name}-file-0,"
-                         f"backing={name}-base,discard=unmap",
-            "-device", f"virtio-blk-pci,id={name},drive={name}-0,addr={0x8 + index:#x}",
+            "-blockdev", f"driver=file,node-name={top}-file,filename=/dev/fdset/{first_set + 1}",
+            "-blockdev", f"driver=qcow2,node-name={top},file={top}-file,backing={name}-base,"
+                         "discard=unmap",
+            "-device", f"virtio-blk-pci,id={name},drive={top},addr={0x8 + index:#x}",
         ]  # fmt: skip
     assert len(fds.disks) == len(plan.disks)
     return arguments

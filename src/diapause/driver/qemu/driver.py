@@ -83,7 +83,7 @@ class QemuDriver:
             accelerator=accelerator,
         )
 
-    def check(self, snapshot: str, needed: VmmIdentity, accelerators: tuple[str, ...] = ()) -> None:
+    def check(self, snapshot: str, needed: VmmIdentity, accelerators: tuple[str, ...]) -> None:
         """Refuse, by the name of the part, an identity that this host can't provide."""
 
         def refuse(part: str, wanted: str, found: str) -> None:
@@ -96,7 +96,7 @@ class QemuDriver:
             refuse("QEMU version", needed.version, found)
         if needed.machine not in self.machines():
             refuse("machine type", needed.machine, ", ".join(self.machines()[:3]))
-        if needed.accelerator not in (accelerators or tuple(command.CPU_MODELS)):
+        if needed.accelerator not in accelerators:
             refuse("accelerator", needed.accelerator, ", ".join(accelerators))
         if needed.cpu != (known := command.CPU_MODELS[needed.accelerator]):
             refuse("CPU model", needed.cpu, known)

@@ -22,11 +22,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from diapause.driver.base import FreezePlan, Frozen
+from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.qmp import QmpError
 from diapause.errors import CaptureFailed, DiapauseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from diapause.driver.qemu.machine import QemuMachine
 
@@ -117,7 +119,7 @@ def _hand_over(machine: QemuMachine, plan: FreezePlan) -> list[tuple[str, str]]:
         os.close(state)
     nodes = []
     for index, overlay in enumerate(plan.next_overlays):
-        nodes.append((top_node(machine, index), _add_overlay(machine, index, str(overlay))))
+        nodes.append((top_node(machine, index), _add_overlay(machine, index, overlay)))
     return nodes
 
 
@@ -131,20 +133,19 @@ def top_node(machine: QemuMachine, index: int) -> str:
     )
 
 
-def _add_overlay(machine: QemuMachine, index: int, path: str) -> str:
-    serial = sum(1 for _ in machine.checked("query-named-block-nodes", flat=True))
-    name, file_name = f"disk{index}-{serial}", f"disk{index}-file-{serial}"
-    set_id = _OVERLAY_SET + serial * 16 + index
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def _add_overlay(machine: QemuMachine, index: int, overlay: Path) -> str:
+    name = node_name(index, overlay)
+    set_id = _OVERLAY_SET + int(name.rsplit("-", 1)[-1], 16)
+    fd = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
     try:
         machine.command("add-fd", fd=fd, fdset_id=set_id)
     finally:
         os.close(fd)
     machine.command(
-        "blockdev-add", driver="file", node_name=file_name, filename=f"/dev/fdset/{set_id}"
+        "blockdev-add", driver="file", node_name=f"{name}-file", filename=f"/dev/fdset/{set_id}"
     )
     machine.command(
-        "blockdev-add", driver="qcow2", node_name=name, file=file_name, backing=None,
+        "blockdev-add", driver="qcow2", node_name=name, file=f"{name}-file", backing=None,
         discard="unmap",
     )  # fmt: skip
     return name

@@ -143,13 +143,10 @@ class QemuMachine:
         """Let the vCPUs run."""
         self.checked("cont")
 
-    def load_state(self, state: Path) -> None:
-        """Load a device state into a machine that waits for one; it stands afterwards."""
-        fd = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self.checked("getfd", fd=fd, fdname="state")
-        finally:
-            os.close(fd)
+    def load_state(self, state: int) -> None:
+        """Load a device state (an open file) into a machine that waits for one; it stands then."""
+        os.lseek(state, 0, os.SEEK_SET)
+        self.checked("getfd", fd=state, fdname="state")
         self.checked("migrate-incoming", uri="fd:state")
         deadline = time.monotonic() + STATE_LOAD_S
         while (found := self.status()) == "loading":

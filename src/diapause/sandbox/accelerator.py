@@ -1,0 +1,76 @@
+"""The accelerator, by proof: /dev/kvm may open, make VMs and vCPUs, and still not run a kernel.
+
+A small guest is booted under KVM once, to an answering agent within a bound; the outcome is a fact of
+this kernel, this CPU architecture and this QEMU. TCG needs no proof.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diapause.driver.base import BootFiles, DiskFiles, Shape, StartPlan
+from diapause.errors import DiapauseError
+from diapause.sandbox.guests import Guest
+from diapause.sandbox.start import host_tsc_khz
+from diapause.sandbox.verb import new_id
+from diapause.units import MIB
+
+if TYPE_CHECKING:
+    from diapause.driver.base import VmmIdentity
+    from diapause.guest.images import Image
+    from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.accelerator")
+PROOF_BOUND_S = 15.0
+_MEMORY_BYTES, _DISK_BYTES = 128 * MIB, 64 * MIB
+
+
+def choose(host: Host, image: Image) -> str:
+    """The accelerator of new sandboxes, proved now if it never was."""
+    key = host.accelerator_key()
+    known = host.catalog.fact(key)
+    if known is None:
+        known = "kvm" if _kvm_works(host, image) else "tcg"
+        host.catalog.remember(key, known)
+    return known
+
+
+def _kvm_works(host: Host, image: Image) -> bool:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    try:
+        _boot(host, image, host.driver.identity("kvm"))
+    except DiapauseError as error:
+        log.warning("/dev/kvm is there and does not run a guest (%s); using TCG", error)
+        return False
+    return True
+
+
+def _boot(host: Host, image: Image, identity: VmmIdentity) -> None:
+    """Boot to an answering agent, and leave nothing."""
+    name = new_id()
+    with tempfile.TemporaryDirectory(dir=host.home.tmp) as scratch:
+        overlay = Path(scratch) / "disk0.00000000.qcow2"
+        host.templates.overlay(_DISK_BYTES, overlay)
+        plan = StartPlan(
+            sandbox=name, identity=identity, shape=Shape(_MEMORY_BYTES, 1, (_DISK_BYTES,)),
+            memory=host.templates.memory(_MEMORY_BYTES).flat,
+            disks=(DiskFiles(host.templates.disk(_DISK_BYTES).flat, overlay),),
+            console_log=Path(scratch) / "console.log", vmm_log=Path(scratch) / "vmm.log",
+            boot=BootFiles(
+                image.kernel, image.initrd,
+                f"{image.manifest.command_line} tsc_early_khz={host_tsc_khz()}",
+            ),
+        )  # fmt: skip
+        guest = Guest(name, host.loop)
+        guest.machine = host.driver.start(plan)
+        try:
+            guest.machine.thaw()
+            guest.greet(None, PROOF_BOUND_S)
+        finally:
+            guest.cut("the proof is over")
+            guest.machine.kill()

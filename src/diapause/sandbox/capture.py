@@ -1,0 +1,325 @@
+"""Capturing a sandbox: what pause and save have in common.
+
+    prepare   buffer, mark, next overlays; disks synced from outside; nothing is stopped
+    freeze    the frozen section, one step: the VMM driver does all of it
+    keep      files under captures/ID, as durable as was asked
+    commit    the snapshot's row; from here on the capture is whole
+
+A capture that fails before `commit` leaves nothing but what the next one must add: the pages that
+were re-armed away (BUFFERS/SANDBOX.unmerged) and the overlays that were switched (the row's
+`overlays`).
+
+The mark (sandboxes/ID/capture.mark) stands from before the freeze until the commit. Whoever finds
+the mark of a dead daemon takes the sealed buffer's list as unmerged; where there is none, it can't
+know what was forgotten, and compares all of RAM.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+from diapause import _core
+from diapause.catalog import DeviceRecord, SnapshotRecord, now
+from diapause.driver.base import FreezePlan
+from diapause.driver.process import boot_id
+from diapause.driver.qemu.command import LAYOUT
+from diapause.driver.qemu.frozen import FrozenSectionFailed
+from diapause.driver.qemu.state import finish_state
+from diapause.errors import CaptureFailed, DiapauseError, NotEnoughSpace, NotSupportedYet
+from diapause.limits import (
+    CAPTURE_BUFFER_BYTES_MAX,
+    CAPTURE_BUFFER_BYTES_MIN,
+    DEVICE_STATE_BYTES_MAX,
+    GUEST_FREEZE_S,
+)
+from diapause.model import CaptureAnswer
+from diapause.sandbox.verb import Verb, new_id
+from diapause.snapshot.capture import CaptureFiles, map_overlay
+from diapause.snapshot.packer import manifest_bytes
+from diapause.store.files import (
+    free_bytes,
+    fsync_path,
+    remove_tree,
+    storage_errors,
+    write_file,
+)
+from diapause.units import PAGE_SIZE, pages
+
+if TYPE_CHECKING:
+    from diapause.catalog import SandboxRecord
+    from diapause.driver.base import Frozen
+    from diapause.model import CaptureRequest
+    from diapause.sandbox.guests import Guest
+    from diapause.sandbox.host import Host
+
+# Between the estimate and the freeze the guest goes on writing.
+_ESTIMATE_SLACK_PAGES = 1024
+_STATE_BYTES_GUESS = 256 * 1024
+
+
+class Capture(Verb):
+    """A pause or a save; the subclasses say what comes before and after."""
+
+    steps: ClassVar[tuple[str, ...]] = ("prepare", "freeze", "keep", "commit")
+    goes_on: ClassVar[bool]
+
+    def __init__(
+        self, host: Host, record: SandboxRecord, guest: Guest, request: CaptureRequest
+    ) -> None:
+        super().__init__(host, record.id, new_id())
+        if request.durability == "store":
+            raise NotSupportedYet(what="Durability `store`")
+        assert guest.machine is not None and self.snapshot is not None
+        self.record, self.guest, self.request = record, guest, request
+        self.machine = guest.machine
+        self.files = CaptureFiles(host.home, self.snapshot)
+        self.directory = host.home.sandbox(record.id)
+        self.mark = self.directory / "capture.mark"
+        self.unmerged = host.home.buffers / f"{record.id}.unmerged"
+        self.notes: list[str] = []
+        self.next_overlays: list[str] = []
+        self.frozen: Frozen
+        self.rule = self._rule()
+        self.buffer: _core.CaptureBuffer | None = None
+        self.quiesced = False
+
+    # -- the dirty set ---------------------------------------------------------------------------
+
+    def _rule(self) -> _core.DirtyRule:
+        """How the dirty set is known, for this process as it is."""
+        if self.mark.exists() and not self.unmerged.exists():
+            return "compared"
+        if self.record.captures == 0 and not self.unmerged.exists():
+            return "private"
+        return "tracked" if self.machine.tracked else "compared"
+
+    def _unmerged_runs(self) -> list[tuple[int, int]]:
+        if not self.unmerged.exists():
+            return []
+        return _core.PageSource.capture(str(self.unmerged)).runs()
+
+    # -- the steps -------------------------------------------------------------------------------
+
+    def do_prepare(self) -> None:
+        """Everything that can be done while the guest runs."""
+        estimate = self.machine.dirty_estimate(self.rule)
+        self._need_space(estimate)
+        self._prepare_overlays()
+        with storage_errors("the capture", self.host.home.root):
+            self.files.directory.mkdir(mode=0o700)
+            write_file(self.files.raw_state, b"", sync=False, mode=0o600)
+            self.buffer = self._make_buffer(estimate)
+            if not self.mark.exists():
+                write_file(self.mark, (self.snapshot or "").encode(), sync=False, mode=0o600)
+        if self.request.quiesce:
+            self._quiesce()
+        self._sync_disks()
+
+    def _need_space(self, estimate: int) -> None:
+        """Refuse before anything stops what can't be kept afterwards."""
+        root = self.host.home.root
+        needed = (estimate + _ESTIMATE_SLACK_PAGES) * PAGE_SIZE + _STATE_BYTES_GUESS
+        if (available := free_bytes(root)) < needed:
+            raise NotEnoughSpace(
+                what=f"The {self.name} of {self.record.id}", needed_bytes=needed,
+                directory=str(root), available_bytes=available,
+            )  # fmt: skip
+
+    def _prepare_overlays(self) -> None:
+        """Overlays for a guest that goes on; recorded first, so that recovery knows them."""
+        if not self.goes_on:
+            return
+        for index, size in enumerate(self.record.disks_bytes):
+            name = new_overlay_name(index)
+            self.next_overlays.append(name)
+            self.host.templates.overlay(size, self.directory / name)
+
+    def _make_buffer(self, estimate: int) -> _core.CaptureBuffer:
+        """Room for what is expected, as far as the limit and the tmpfs go; the rest spills."""
+        device_pages = pages(self.record.memory_bytes)
+        wanted = (estimate + estimate // 4 + _ESTIMATE_SLACK_PAGES) * PAGE_SIZE
+        room = free_bytes(self.host.home.buffers) // 2
+        size = max(min(wanted, CAPTURE_BUFFER_BYTES_MAX, room), CAPTURE_BUFFER_BYTES_MIN)
+        return _core.CaptureBuffer(str(self.files.buffer), size // PAGE_SIZE, device_pages)
+
+    def _quiesce(self) -> None:
+        try:
+            self.guest.freeze_filesystems(GUEST_FREEZE_S)
+            self.quiesced = True
+        except DiapauseError as error:
+            self.notes.append(f"not quiesced: {error.message}")
+
+    def _sync_disks(self) -> None:
+        """Twice: the second one takes what came during the first, and leaves little to `stop`."""
+        for names in self.record.overlays:
+            fd = os.open(self.directory / names[-1], os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    def do_freeze(self) -> None:
+        """The frozen section."""
+        assert self.buffer is not None
+        plan = FreezePlan(
+            state=self.files.raw_state,
+            buffer=self.buffer,
+            rule=self.rule,
+            unmerged=self._unmerged_runs(),
+            spill=self.files.memory,
+            next_overlays=tuple(self.directory / name for name in self.next_overlays),
+            goes_on=self.goes_on,
+        )
+        try:
+            self.frozen = self.machine.freeze_and_capture(plan)
+        except FrozenSectionFailed as failed:
+            self._switched(failed.frozen.switched)
+            if not failed.thawed:
+                failed.error.fields["guest"] = "could not be thawed"
+            raise failed.error from failed
+        finally:
+            self.buffer = None
+            if self.quiesced and self.goes_on:
+                self.guest.thaw_filesystems(GUEST_FREEZE_S)
+        self._switched(self.frozen.switched)
+        self.phases_ms |= {name: round(ms, 3) for name, ms in self.frozen.phases_ms.items()}
+
+    def _switched(self, switched: bool) -> None:
+        """Record which overlays the disks write to now."""
+        if switched:
+            for names, fresh in zip(self.record.overlays, self.next_overlays, strict=True):
+                names.append(fresh)
+            self.host.catalog.put_sandbox(self.record)
+
+    def do_keep(self) -> None:
+        """Make the capture as durable as was asked."""
+        sync = self.request.durability == "disk"
+        with storage_errors("the capture", self.host.home.root, self._captured_bytes()):
+            self._keep_state(sync)
+            self._keep_disks(sync)
+            if sync:
+                _core.write_out(str(self.files.buffer), str(self.files.memory))
+            self.snapshot_record = self._snapshot_record()
+            write_file(self.files.manifest, manifest_bytes(self.snapshot_record), sync=sync)
+            if sync:
+                fsync_path(self.files.directory)
+                fsync_path(self.files.directory.parent)
+
+    def _captured_bytes(self) -> int:
+        return self.frozen.page_count * PAGE_SIZE
+
+    def _keep_state(self, sync: bool) -> None:
+        raw = self.files.raw_state
+        if raw.stat().st_size > DEVICE_STATE_BYTES_MAX:
+            raise CaptureFailed(
+                sandbox=self.sandbox, step="state", cause="the device state is too large", guest="goes on"
+            )
+        assert self.record.identity is not None
+        state = finish_state(self.sandbox, raw.read_bytes(), self.record.identity.machine)
+        write_file(self.files.state, state, sync=sync)
+        self.state_bytes, self.state_digest = len(state), _core.blake3_bytes(state)
+
+    def _keep_disks(self, sync: bool) -> None:
+        """Link the frozen overlays; a pause's are frozen because its VMM stands."""
+        for index, names in enumerate(self.record.overlays):
+            frozen = names[:-1] if self.goes_on else names
+            for layer, name in enumerate(frozen):
+                place = self.files.overlay(f"disk{index}", layer)
+                place.hardlink_to(self.directory / name)
+                if sync:
+                    fsync_path(place)
+                write_file(self.files.map_of(place), map_overlay(place), sync=sync)
+
+    def _snapshot_record(self) -> SnapshotRecord:
+        record, snapshot = self.record, self.snapshot
+        assert record.identity is not None and snapshot is not None
+        return SnapshotRecord(
+            id=snapshot, name=self.request.name, sandbox=record.id, parent=record.snapshot,
+            state="captured", durability=self.request.durability, created_at=now(),
+            boot_id=boot_id(), image=record.image, identity=record.identity, layout=LAYOUT,
+            memory_bytes=record.memory_bytes, cpus=record.cpus, disks_bytes=record.disks_bytes,
+            hostname=record.hostname, machine_id=record.machine_id, agent=record.agent,
+            dirty_source=self.rule, dirty_pages=self.frozen.page_count,
+            frozen_ms=round(self.frozen.frozen_ms, 3), state_bytes=self.state_bytes,
+            state_digest=self.state_digest, devices=self._devices(),
+        )  # fmt: skip
+
+    def _devices(self) -> list[DeviceRecord]:
+        memory = DeviceRecord(
+            name="memory", size_bytes=self.record.memory_bytes, header_digest="", header_bytes=0,
+            captured_pages=self.frozen.page_count,
+        )  # fmt: skip
+        disks = [
+            DeviceRecord(
+                name=f"disk{index}", size_bytes=size, header_digest="", header_bytes=0,
+                captured_pages=0,
+            )
+            for index, size in enumerate(self.record.disks_bytes)
+        ]  # fmt: skip
+        return [memory, *disks]
+
+    def do_commit(self) -> None:
+        """The row: from here on the capture is whole."""
+        record = self.record
+        record.snapshot, record.captures = self.snapshot, record.captures + 1
+        if self.goes_on:
+            for names in record.overlays:
+                self._drop_overlays(names[:-1])
+                del names[:-1]
+        durable = self.request.durability != "process"
+        self.host.catalog.put_snapshot(self.snapshot_record, durable=durable, sandbox=record)
+        self.mark.unlink(missing_ok=True)
+        self.unmerged.unlink(missing_ok=True)
+        self.files.raw_state.unlink(missing_ok=True)
+        if durable:
+            self.files.buffer.unlink(missing_ok=True)
+
+    def _drop_overlays(self, names: list[str]) -> None:
+        """The VMM holds them open and the capture has a link of its own."""
+        for name in names:
+            (self.directory / name).unlink(missing_ok=True)
+
+    # -- failure ---------------------------------------------------------------------------------
+
+    def undo(self, step: str, error: BaseException) -> None:
+        """Nothing stays of a failed capture but what the next one must add."""
+        self.buffer = None
+        frozen = getattr(self, "frozen", None)
+        if frozen is not None and frozen.rearmed and self.files.buffer.exists():
+            self.files.buffer.rename(self.unmerged)
+        self.files.buffer.unlink(missing_ok=True)
+        self.files.raw_state.unlink(missing_ok=True)
+        remove_tree(self.files.directory)
+        for index, name in enumerate(self.next_overlays):
+            if name not in self.record.overlays[index]:
+                (self.directory / name).unlink(missing_ok=True)
+        if not self._marked_by_another():
+            self.mark.unlink(missing_ok=True)
+
+    def _marked_by_another(self) -> bool:
+        return self.mark.exists() and self.mark.read_text() != self.snapshot
+
+    # -- the answer ------------------------------------------------------------------------------
+
+    def answer(self) -> CaptureAnswer:
+        """What the verb says it did."""
+        assert self.snapshot is not None
+        disks = [Path(p) for p in self.files.directory.glob("disk*.qcow2")]
+        return CaptureAnswer(
+            sandbox=self.sandbox, snapshot=self.snapshot, durability=self.request.durability,
+            frozen_ms=round(self.frozen.frozen_ms, 3), dirty_pages=self.frozen.page_count,
+            dirty_source=self.rule,
+            captured_bytes=self._captured_bytes() + sum(p.stat().st_blocks * 512 for p in disks),
+            phases_ms={**self.phases_ms, "total": self.elapsed_ms}, notes=self.notes,
+        )  # fmt: skip
+
+
+def new_overlay_name(index: int) -> str:
+    """A file name for an overlay; its middle part names the VMM's block node too."""
+    return f"disk{index}.{(time.time_ns() & 0xFFFFFFFF) ^ int.from_bytes(os.urandom(3)):08x}.qcow2"

@@ -1,0 +1,147 @@
+"""The guests that run now: for each its machine, the link to its agent, and who watches its end.
+
+A guest's end is seen in two ways: the VMM says so on its events monitor (a power-off, a panic: the
+process stays and holds the reason), or the process is gone. Either is handed to the engine once, in
+a worker thread; a verb that ends a VMM itself says so first (`disarm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from typing import TYPE_CHECKING, Any
+
+from diapause.errors import AgentUnreachable, DiapauseError
+from diapause.guest.link import Identity, Link
+from diapause.limits import QMP_CONNECT_S, QMP_LINE_BYTES_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from diapause.driver.qemu.machine import QemuMachine
+
+log = logging.getLogger("diapause.guest")
+
+
+class Guest:
+    """One running guest. Its methods may be called from any worker thread."""
+
+    def __init__(
+        self, sandbox: str, loop: asyncio.AbstractEventLoop, link: Link | None = None
+    ) -> None:
+        self.sandbox = sandbox
+        self.link = link or Link(sandbox)
+        self.machine: QemuMachine | None = None
+        self._loop = loop
+        self._watch: asyncio.Task[None] | None = None
+        self._pidfd = -1
+
+    def _await(self, work: Coroutine[Any, Any, Any], bound_s: float) -> Any:
+        """Run a coroutine in the daemon's loop and wait for it here."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(bound_s)
+        except TimeoutError as error:
+            future.cancel()
+            raise AgentUnreachable(sandbox=self.sandbox, bound_s=bound_s) from error
+
+    # -- the agent -------------------------------------------------------------------------------
+
+    def greet(self, identity: Identity | None, bound_s: float) -> Any:
+        """Connect to the agent: time, entropy, identity and readiness in one exchange."""
+        assert self.machine is not None
+        connection = self.machine.agent_socket(bound_s)
+        attach = self.link.attach(connection, identity=identity, bound_s=bound_s)
+        return self._await(attach, bound_s + 5.0)
+
+    def detach(self) -> None:
+        """The VMM is about to go: the sessions wait for the next one."""
+        self._await(self.link.detach(), 10.0)
+
+    def cut(self, cause: str) -> None:
+        """Every session ends as cut; the next link starts anew."""
+        self._loop.call_soon_threadsafe(self.link.close, cause)
+        self.link = Link(self.sandbox)
+
+    def freeze_filesystems(self, bound_s: float) -> list[str]:
+        """Sync and freeze the guest's file systems; returns which."""
+        found: list[str] = self._await(self.link.freeze_filesystems(bound_s), bound_s)
+        return found
+
+    def thaw_filesystems(self, bound_s: float) -> None:
+        """Let the guest write its file systems again."""
+        self._await(self.link.thaw_filesystems(bound_s), bound_s)
+
+    # -- its end ---------------------------------------------------------------------------------
+
+    def arm(self, ended: Callable[[str, str], None]) -> None:
+        """Watch the VMM; `ended(sandbox, reason)` is called once, in the loop."""
+        self._loop.call_soon_threadsafe(self._arm, ended)
+
+    def _arm(self, ended: Callable[[str, str], None]) -> None:
+        assert self.machine is not None
+        self._pidfd = self.machine.pidfd()
+
+        def once(reason: str) -> None:
+            if self._pidfd >= 0:
+                self._disarm()
+                ended(self.sandbox, reason)
+
+        if self._pidfd < 0:
+            ended(self.sandbox, "the VMM has ended")
+            return
+        self._loop.add_reader(self._pidfd, once, "the VMM has ended")
+        self._watch = self._loop.create_task(_watch_events(self.machine.paths.events, once))
+
+    def disarm(self) -> None:
+        """Stop watching: what happens to the VMM from here on is a verb's doing."""
+
+        async def disarm() -> None:
+            self._disarm()
+
+        self._await(disarm(), 10.0)
+
+    def _disarm(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            self._pidfd = -1
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+
+async def _watch_events(path: Any, once: Callable[[str], None]) -> None:
+    """Read the events monitor until it says that the guest ended."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    try:
+        await asyncio.wait_for(loop.sock_connect(connection, str(path)), QMP_CONNECT_S)
+        reader, writer = await asyncio.open_unix_connection(
+            sock=connection, limit=QMP_LINE_BYTES_MAX
+        )
+        await reader.readline()
+        writer.write(b'{"execute":"qmp_capabilities"}\n{"execute":"query-status"}\n')
+        while line := await reader.readline():
+            if reason := _ending(json.loads(line)):
+                once(reason)
+                return
+    except (OSError, ValueError, DiapauseError) as error:
+        log.warning("events of %s: %s", path, error)
+    finally:
+        connection.close()
+
+
+def _ending(message: dict[str, Any]) -> str | None:
+    """The reason, when the message says that the guest ended."""
+    if message.get("event") == "GUEST_PANICKED":
+        return "guest-panic"
+    if message.get("event") == "SHUTDOWN":
+        return str(message.get("data", {}).get("reason", "shutdown"))
+    answer = message.get("return")
+    if isinstance(answer, dict):  # it had ended before anybody listened
+        status = answer.get("status")
+        return {"shutdown": "guest-shutdown", "guest-panicked": "guest-panic"}.get(str(status))
+    return None

@@ -1,0 +1,169 @@
+"""What all verbs of one home share: the catalog, the stores, the driver, the running guests."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diapause.catalog import Catalog, Identity
+from diapause.driver.base import Shape, VmmIdentity
+from diapause.driver.qemu import QemuDriver
+from diapause.errors import DiapauseError, VmmFailed
+from diapause.sandbox.guests import Guest
+from diapause.sandbox.locks import SandboxLocks
+from diapause.snapshot.flats import FlatStore
+from diapause.snapshot.leases import Leases
+from diapause.snapshot.packer import Packer
+from diapause.store.templates import Templates
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from diapause.catalog import SandboxRecord, SnapshotRecord
+    from diapause.guest.link import Link
+    from diapause.store.home import Home
+
+log = logging.getLogger("diapause.host")
+
+
+def tracker_path() -> Path | None:
+    """The preloaded library, unless it is switched off (`DIAPAUSE_TRACKER=off`) or not there."""
+    if os.environ.get("DIAPAUSE_TRACKER") == "off":
+        return None
+    path = Path(__file__).parent.parent / "native" / "libdiapause_tracker.so"
+    return path if path.exists() else None
+
+
+class Host:
+    """One home on this host, as long as its daemon lives."""
+
+    def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
+        self.home, self.loop = home, loop
+        self.catalog = Catalog(home.catalog)
+        self.templates, self.leases, self.locks = Templates(home), Leases(), SandboxLocks()
+        self.packer = Packer(home, self.catalog, self.templates, self.leases)
+        self.flats = FlatStore(home, self.catalog, self.templates, self.leases)
+        self.driver = QemuDriver(home, tracker_path())
+        self.guests: dict[str, Guest] = {}
+        self.parked: dict[str, Link] = {}  # links of paused sandboxes: their sessions wait
+        self.tracked = tracker_path() is not None
+        # One thread: parents are packed before children, and packing never competes with itself.
+        self._background = ThreadPoolExecutor(1, "diapause-pack")
+        self._beside = ThreadPoolExecutor(8, "diapause-aside")
+        self._jobs: dict[str, Future[None]] = {}
+        self._guard = threading.Lock()
+        self._closing = False
+
+    # -- work behind the verbs -------------------------------------------------------------------
+
+    def behind(self, name: str, work: Callable[[], object]) -> Future[None]:
+        """Do `work` after what was asked before it; its failure is logged, and kept in a row."""
+
+        def run() -> None:
+            if self._closing:
+                return
+            try:
+                work()
+            except DiapauseError as error:
+                log.warning("%s: %s", name, error)
+            except Exception:
+                log.exception("%s", name)
+
+        with self._guard:
+            future: Future[None] = self._background.submit(run)
+            self._jobs[name] = future
+            for done in [key for key, job in self._jobs.items() if job.done()]:
+                del self._jobs[done]
+        return future
+
+    def aside(self, work: Callable[[], None]) -> Future[None]:
+        """Do something short beside a verb; whoever asked waits for it before the verb ends."""
+        return self._beside.submit(work)
+
+    def close(self) -> None:
+        """Let go of everything; guests go on."""
+        self._closing = True
+        self._background.shutdown(wait=True, cancel_futures=True)
+        self._beside.shutdown(wait=True)
+        for guest in list(self.guests.values()):
+            guest.cut("the daemon is stopping")
+            if guest.machine is not None:
+                guest.machine.close()
+        self.catalog.close()
+
+    # -- ends that nobody asked for --------------------------------------------------------------
+
+    def guest_ended(self, sandbox: str, reason: str) -> None:
+        """A watcher saw the end of a guest; called in the loop, worked on in a thread."""
+        self._beside.submit(self._settle, sandbox, reason)
+
+    def _settle(self, sandbox: str, reason: str) -> None:
+        try:
+            with self.locks.hold(sandbox):
+                settle_end(self, sandbox, reason)
+        except Exception:
+            log.exception("the end of %s", sandbox)
+
+    def end(self, record: SandboxRecord, reason: str) -> None:
+        """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""
+        record.process, record.root, record.reason = None, None, reason
+        record.state = "stopped" if reason.startswith("guest-") else "failed"
+        if record.state == "failed":
+            error = VmmFailed(sandbox=record.id, step="run", cause=reason)
+            record.error = error.to_dict()
+        self.catalog.put_sandbox(record)
+
+    # -- the accelerator -------------------------------------------------------------------------
+
+    def accelerators(self) -> tuple[str, ...]:
+        """What this host was proved to run, the best first; TCG runs everywhere."""
+        proved = self.catalog.fact(self.accelerator_key())
+        return ("kvm", "tcg") if proved == "kvm" else ("tcg",)
+
+    def accelerator_key(self) -> str:
+        """The name of the proof: it holds for this kernel, this CPU and this QEMU."""
+        system = os.uname()
+        return f"accelerator/{system.release}/{system.machine}/{self.driver.version()}"
+
+    # -- shapes and identities -------------------------------------------------------------------
+
+    def shape(self, record: SandboxRecord | SnapshotRecord) -> Shape:
+        """The size of a machine, from its record."""
+        return Shape(record.memory_bytes, record.cpus, tuple(record.disks_bytes))
+
+    def memory_file(self, record: SandboxRecord) -> Path:
+        """The flat memory file that a running sandbox's RAM is a mapping of."""
+        if record.root is not None:
+            return self.home.flat_of(record.root) / "memory"
+        return self.templates.memory(record.memory_bytes).flat
+
+
+def settle_end(host: Host, sandbox: str, reason: str) -> None:
+    """Turn a guest that ended by itself into a `stopped` or `failed` row; holds the lock."""
+    guest = host.guests.get(sandbox)
+    record = host.catalog.sandbox(sandbox)
+    if guest is None or guest.machine is None or record is None or record.state != "running":
+        return
+    del host.guests[sandbox]
+    guest.cut(f"the guest ended ({reason})")
+    guest.machine.kill()
+    host.end(record, reason)
+
+
+def vmm_identity(identity: Identity) -> VmmIdentity:
+    """A row's identity as the driver's."""
+    return VmmIdentity(
+        identity.kind, identity.version, identity.machine, identity.cpu, identity.accelerator
+    )
+
+
+def row_identity(identity: VmmIdentity) -> Identity:
+    """The driver's identity as a row's."""
+    return Identity(
+        identity.kind, identity.version, identity.machine, identity.cpu, identity.accelerator
+    )

@@ -1,0 +1,183 @@
+"""Recovery: what a new daemon makes of what the last one left.
+
+Each sandbox whose row says that something runs, or that a verb was under way, is settled by asking
+the world: is the process there, is it running, was the capture committed, which overlay does the
+disk write to. Afterwards every sandbox is running, paused, stopped or failed with a cause, and
+nothing runs that no row names.
+
+| last daemon died in | the row says | what is done |
+|---|---|---|
+| run, fork | creating | the VMM is ended, the row goes |
+| resume | resuming | the VMM is ended, paused again |
+| pause before its commit | running, pausing | the guest is thawed where it stands |
+| pause after its commit | pausing, a new snapshot | the VMM is ended, paused |
+| save before its commit | running | thawed; the sealed buffer's pages go into the next capture |
+| rm | removing | removed |
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from diapause import _core
+from diapause.driver.base import ProcessRef
+from diapause.driver.process import boot_id
+from diapause.driver.qemu.command import node_name
+from diapause.driver.qemu.frozen import top_node
+from diapause.errors import DiapauseError
+from diapause.limits import AGENT_READY_S
+from diapause.sandbox.guests import Guest
+from diapause.sandbox.remove import Remove, end_orphan
+from diapause.snapshot.capture import CaptureFiles
+from diapause.store.files import remove_tree
+
+if TYPE_CHECKING:
+    from diapause.catalog import Operation, SandboxRecord
+    from diapause.driver.qemu.machine import QemuMachine
+    from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.recovery")
+
+
+def recover(host: Host) -> None:
+    """Settle every sandbox; then pack what was captured and not packed."""
+    open_operations = {operation.sandbox: operation for operation in host.catalog.open_operations()}
+    for record in host.catalog.sandboxes():
+        try:
+            _settle(host, record, open_operations.get(record.id))
+        except DiapauseError as error:
+            log.warning("recovery of %s: %s", record.id, error)
+            record.state, record.error = "failed", error.to_dict()
+            host.catalog.put_sandbox(record)
+    for operation in host.catalog.open_operations():
+        host.catalog.end(operation.id, "recovered")
+    _sweep_tmp(host)
+
+
+def _settle(host: Host, record: SandboxRecord, operation: Operation | None) -> None:
+    if record.state == "creating":
+        end_orphan(host, record.id)
+        Remove(host, record).execute()
+    elif record.state == "resuming":
+        end_orphan(host, record.id)
+        _paused(host, record)
+    elif record.state == "removing":
+        Remove(host, record).execute()
+    elif record.state in ("running", "pausing"):
+        _settle_running(host, record, operation)
+
+
+def _settle_running(host: Host, record: SandboxRecord, operation: Operation | None) -> None:
+    machine = _adopt(host, record)
+    snapshot = operation.snapshot if operation else None
+    if record.state == "pausing" and snapshot is not None and record.snapshot == snapshot:
+        if machine is not None:
+            machine.kill()
+        _paused(host, record)
+        return
+    if machine is None:
+        gone = "lost with the host" if _of_another_boot(record) else "the VMM has ended"
+        host.end(record, gone)
+        return
+    if snapshot is not None and record.snapshot != snapshot:
+        assert operation is not None
+        _drop_capture(host, record, machine, operation)
+    _take_up(host, record, machine)
+
+
+def _adopt(host: Host, record: SandboxRecord) -> QemuMachine | None:
+    process = record.process
+    if process is None:
+        return None
+    ref = ProcessRef(process.pid, process.start_ticks, process.boot_id)
+    return host.driver.adopt(record.id, ref, host.memory_file(record), host.shape(record))
+
+
+def _of_another_boot(record: SandboxRecord) -> bool:
+    return record.process is not None and record.process.boot_id != boot_id()
+
+
+def _drop_capture(
+    host: Host, record: SandboxRecord, machine: QemuMachine, operation: Operation
+) -> None:
+    """A capture that was not committed: keep what the next one must add, and nothing else."""
+    assert operation.snapshot is not None
+    files = CaptureFiles(host.home, operation.snapshot)
+    if operation.verb == "pause":  # it never re-arms, so it has made nobody forget anything
+        (host.home.sandbox(record.id) / "capture.mark").unlink(missing_ok=True)
+    elif files.buffer.exists() and _sealed(files):
+        files.buffer.rename(host.home.buffers / f"{record.id}.unmerged")
+    files.buffer.unlink(missing_ok=True)
+    files.raw_state.unlink(missing_ok=True)
+    remove_tree(files.directory)
+    _adopt_overlays(host, record, machine)
+
+
+def _sealed(files: CaptureFiles) -> bool:
+    try:
+        return _core.capture_info(str(files.buffer)).sealed
+    except DiapauseError:
+        return False
+
+
+def _adopt_overlays(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
+    """Which overlay a disk writes to is the VMM's to say; others that nobody knows are removed."""
+    directory = host.home.sandbox(record.id)
+    for index, names in enumerate(record.overlays):
+        top = top_node(machine, index)
+        for path in directory.glob(f"disk{index}.*.qcow2"):
+            if path.name in names:
+                continue
+            if node_name(index, path) == top:
+                names.append(path.name)
+            else:
+                path.unlink()
+    host.catalog.put_sandbox(record)
+
+
+def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
+    """A guest goes on under this daemon; one that stands and that nobody owns is thawed."""
+    status = machine.status()
+    if status in ("shutdown", "panicked"):
+        machine.kill()
+        host.end(record, "guest-panic" if status == "panicked" else "guest-shutdown")
+        return
+    if status == "paused":
+        log.warning("sandbox %s stood frozen and nobody owned it: thawed", record.id)
+        machine.thaw()
+    record.state = "running"
+    host.catalog.put_sandbox(record)
+    guest = Guest(record.id, host.loop)
+    guest.machine = machine
+    host.guests[record.id] = guest
+    guest.arm(host.guest_ended)
+    if record.agent:
+        host.aside(lambda: _greet(guest))
+
+
+def _greet(guest: Guest) -> None:
+    """A new link: the last daemon's sessions are detached in the guest."""
+    try:
+        guest.greet(None, AGENT_READY_S)
+    except DiapauseError as error:
+        log.warning("adopting %s: %s", guest.sandbox, error)
+
+
+def _paused(host: Host, record: SandboxRecord) -> None:
+    directory = host.home.sandbox(record.id)
+    for path in directory.glob("disk*.qcow2"):
+        path.unlink()
+    (directory / "capture.mark").unlink(missing_ok=True)
+    record.state, record.process, record.root = "paused", None, None
+    record.overlays, record.captures, record.tracker = [], 0, False
+    host.catalog.put_sandbox(record)
+
+
+def _sweep_tmp(host: Host) -> None:
+    """What was being written when the last daemon died is worth nothing."""
+    for path in host.home.tmp.iterdir():
+        if path.is_dir():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)

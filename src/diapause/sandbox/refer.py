@@ -1,0 +1,64 @@
+"""From what a person writes to a row: an id, a unique prefix of one, or a name."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, TypeVar
+
+from diapause.errors import AmbiguousReference, InvalidRequest, SandboxNotFound, SnapshotNotFound
+from diapause.limits import NAME_LENGTH_MAX, REFERENCE_LENGTH_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
+
+    Row = TypeVar("Row", SandboxRecord, SnapshotRecord)
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
+_CANDIDATES_MAX = 20
+
+
+def check_name(name: str | None) -> None:
+    """Refuse a name that can't be typed, printed or told from an id."""
+    if name is None:
+        return
+    if len(name) > NAME_LENGTH_MAX or not _NAME.fullmatch(name):
+        cause = f"use letters, digits, '.', '_', '-', at most {NAME_LENGTH_MAX} of them"
+        raise InvalidRequest(what=f"The name {name[:80]!r}", cause=cause)
+
+
+def labels(rows: Sequence[SandboxRecord] | Sequence[SnapshotRecord]) -> str:
+    """Ids and names for an error."""
+    found = [f"{row.id} ({row.name})" if row.name else row.id for row in rows]
+    more = f" and {len(found) - _CANDIDATES_MAX} more" if len(found) > _CANDIDATES_MAX else ""
+    return ", ".join(found[:_CANDIDATES_MAX]) + more or "none"
+
+
+def _matches(rows: Sequence[Row], reference: str) -> list[Row]:
+    if len(reference) > REFERENCE_LENGTH_MAX or not reference:
+        raise InvalidRequest(what="The reference", cause="it is empty or too long")
+    exact = [row for row in rows if reference in (row.id, row.name)]
+    return exact or [row for row in rows if row.id.startswith(reference)]
+
+
+def find_sandbox(catalog: Catalog, reference: str) -> SandboxRecord:
+    """The one sandbox that is meant."""
+    rows = catalog.sandboxes()
+    found = _matches(rows, reference)
+    if not found:
+        raise SandboxNotFound(reference=reference, candidates=labels(rows))
+    if len(found) > 1:
+        raise AmbiguousReference(reference=reference, candidates=labels(found))
+    return found[0]
+
+
+def find_snapshot(catalog: Catalog, reference: str) -> SnapshotRecord:
+    """The one snapshot that is meant."""
+    rows = catalog.snapshots()
+    found = _matches(rows, reference)
+    if not found:
+        raise SnapshotNotFound(reference=reference, candidates=labels(rows))
+    if len(found) > 1:
+        raise AmbiguousReference(reference=reference, candidates=labels(found))
+    return found[0]

@@ -1,0 +1,69 @@
+"""rm: end the guest, if there is one, and remove the sandbox's own files.
+
+Snapshots are not the sandbox's: they stay, and can be forked. Their data is removed by `gc` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, ClassVar
+
+from diapause.driver.process import Pidfd
+from diapause.errors import DiapauseError
+from diapause.limits import VMM_EXIT_S
+from diapause.sandbox.verb import Verb
+from diapause.store.files import remove_tree
+
+if TYPE_CHECKING:
+    from diapause.catalog import SandboxRecord
+    from diapause.sandbox.host import Host
+
+
+class Remove(Verb):
+    """Remove one sandbox."""
+
+    name = "rm"
+    steps: ClassVar[tuple[str, ...]] = ("mark", "kill", "files", "publish")
+
+    def __init__(self, host: Host, record: SandboxRecord) -> None:
+        super().__init__(host, record.id)
+        self.record = record
+
+    def do_mark(self) -> None:
+        """The row: from here on there is no way back."""
+        self.record.state = "removing"
+        self.host.catalog.put_sandbox(self.record)
+
+    def do_kill(self) -> None:
+        """End the VMM, known or not."""
+        guest = self.host.guests.pop(self.sandbox, None)
+        if guest is not None:
+            with contextlib.suppress(DiapauseError):
+                guest.disarm()
+            guest.cut("the sandbox was removed")
+            if guest.machine is not None:
+                guest.machine.kill()
+        if (link := self.host.parked.pop(self.sandbox, None)) is not None:
+            self.host.loop.call_soon_threadsafe(link.close, "the sandbox was removed")
+        end_orphan(self.host, self.sandbox)
+
+    def do_files(self) -> None:
+        """The sandbox's own directory and what it has on tmpfs."""
+        remove_tree(self.host.home.sandbox(self.sandbox))
+        (self.host.home.buffers / f"{self.sandbox}.unmerged").unlink(missing_ok=True)
+
+    def do_publish(self) -> None:
+        """The row: gone. Its name is free."""
+        self.record.state, self.record.name = "removed", None
+        self.record.process, self.record.root = None, None
+        self.host.catalog.put_sandbox(self.record)
+
+
+def end_orphan(host: Host, sandbox: str) -> None:
+    """End a VMM of this sandbox that no row knows."""
+    process = host.driver.find(sandbox)
+    if process is not None:
+        pidfd = Pidfd(process)
+        pidfd.kill()
+        pidfd.wait(VMM_EXIT_S)
+        pidfd.close()

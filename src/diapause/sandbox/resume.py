@@ -1,0 +1,94 @@
+"""resume: the inverse of a pause. fork: a new sandbox from a snapshot. run: one from an image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from diapause.driver.qemu.command import LAYOUT
+from diapause.errors import SnapshotIncompatible, SnapshotLost
+from diapause.sandbox.host import vmm_identity
+from diapause.sandbox.start import Start
+
+if TYPE_CHECKING:
+    from diapause.catalog import SandboxRecord, SnapshotRecord
+    from diapause.sandbox.host import Host
+
+
+def check_snapshot(host: Host, snapshot: SnapshotRecord) -> None:
+    """Refuse, by name and before anything is spawned, what this host can't resume."""
+    if snapshot.state == "failed":
+        cause = (snapshot.error or {}).get("message", "unknown")
+        raise SnapshotLost(snapshot=snapshot.id, cause=cause)
+    if snapshot.layout != LAYOUT:
+        raise SnapshotIncompatible(
+            snapshot=snapshot.id, part="machine layout", needed=snapshot.layout, found=LAYOUT
+        )
+    needed = vmm_identity(snapshot.identity)
+    host.driver.check(snapshot.id, needed, host.accelerators())
+
+
+class FromSnapshot(Start):
+    """A start from a snapshot's memory, disks and device state."""
+
+    steps: ClassVar[tuple[str, ...]] = (
+        "materialize", "files", "spawn", "load", "thaw", "greet", "publish",
+    )  # fmt: skip
+    origin: Literal["capture", "local"] = "local"
+
+    def __init__(self, host: Host, record: SandboxRecord, source: SnapshotRecord) -> None:
+        super().__init__(host, record, source)
+        self.origin = "capture" if source.state == "captured" else "local"
+
+    def do_materialize(self) -> None:
+        """The flat files that the process maps and its disks stand on."""
+        assert self.source is not None
+        self._enter()
+        with self.host.leases.hold(self.source.id):
+            self.source = self.host.catalog.snapshot(self.source.id) or self.source
+            flat = self.host.flats.ensure(self.source)
+            self.memory = flat.files["memory"]
+            self.disks = [flat.files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
+            self.state = self.host.flats.device_state(self.source).open("rb")
+
+    def _enter(self) -> None:
+        assert self.source is not None
+        self.record.root = self.source.id
+        self.record.snapshot = self.source.id
+        self.record.identity = self.source.identity
+        self.host.catalog.put_sandbox(self.record)
+
+
+class Resume(FromSnapshot):
+    """Bring a paused sandbox back."""
+
+    name = "resume"
+
+    def _enter(self) -> None:
+        self.record.state = "resuming"
+        super()._enter()
+
+    def put_back(self, error: BaseException) -> None:
+        """It is paused as it was; its sessions go on waiting."""
+        self.record.state = self.before
+        self.host.parked[self.record.id] = self.guest.link
+        self.host.catalog.put_sandbox(self.record)
+
+
+class Fork(FromSnapshot):
+    """One new sandbox from a snapshot; the row is there already, `creating`."""
+
+    name = "fork"
+
+
+class Boot(Start):
+    """One new sandbox from an image."""
+
+    name = "run"
+    steps: ClassVar[tuple[str, ...]] = ("files", "spawn", "thaw", "greet", "publish")
+
+    def do_files(self) -> None:
+        """Empty memory, an empty disk."""
+        templates = self.host.templates
+        self.memory = templates.memory(self.record.memory_bytes).flat
+        self.disks = [templates.disk(size).flat for size in self.record.disks_bytes]
+        super().do_files()

@@ -1,0 +1,79 @@
+"""A verb: a list of named steps, each journaled before it is taken.
+
+A subclass names its steps in order and has a method `do_STEP` for each. When one fails, `undo` puts
+back what the steps before it did, and the operation is closed with the error's code. A daemon that is
+killed leaves the operation open; recovery reads its last step and asks the world what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from diapause.driver.process import boot_id
+from diapause.errors import DiapauseError
+
+if TYPE_CHECKING:
+    from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.verb")
+
+
+def new_id() -> str:
+    """A fresh id for a sandbox, a snapshot or an operation: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+class Verb:
+    """One run of one verb on one sandbox."""
+
+    name: ClassVar[str]
+    steps: ClassVar[tuple[str, ...]]
+
+    def __init__(self, host: Host, sandbox: str, snapshot: str | None = None) -> None:
+        self.host, self.sandbox, self.snapshot = host, sandbox, snapshot
+        self.operation = new_id()
+        self.phases_ms: dict[str, float] = {}
+        self.began = time.perf_counter()
+
+    def __init_subclass__(cls) -> None:
+        missing = [s for s in getattr(cls, "steps", ()) if not hasattr(cls, f"do_{s}")]
+        assert not missing, f"{cls.__name__} has no method for {missing}"
+
+    def execute(self) -> None:
+        """Take every step; on an error, undo and raise it."""
+        catalog = self.host.catalog
+        catalog.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id())
+        step = ""
+        try:
+            for number, step in enumerate(self.steps):
+                catalog.step(self.operation, number, step)
+                self._take(step)
+        except BaseException as error:
+            self._fail(step, error)
+            raise
+        catalog.end(self.operation, "done")
+        log.info("%s %s: done in %.1f ms", self.name, self.sandbox, self.elapsed_ms)
+
+    def _take(self, step: str) -> None:
+        began = time.perf_counter()
+        try:
+            getattr(self, f"do_{step}")()
+        finally:
+            self.phases_ms[step] = round((time.perf_counter() - began) * 1e3, 3)
+
+    def _fail(self, step: str, error: BaseException) -> None:
+        code = error.code if isinstance(error, DiapauseError) else type(error).__name__
+        log.warning("%s %s: failed at %s: %s", self.name, self.sandbox, step, error)
+        self.undo(step, error)
+        self.host.catalog.end(self.operation, f"{step}: {code}")
+
+    def undo(self, step: str, error: BaseException) -> None:
+        """Put back what was done before `step` failed."""
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Since the verb was asked for."""
+        return round((time.perf_counter() - self.began) * 1e3, 3)

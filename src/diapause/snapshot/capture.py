@@ -1,0 +1,100 @@
+"""What a capture took, as files, until it is packed.
+
+    captures/ID/capture.json       the snapshot's record
+                device-state       loadable
+                memory             capture file; or, until it is written out, only what spilled
+                disk0.N.qcow2      a frozen overlay, a hard link; N counts from the oldest
+                disk0.N.map        what it holds, as `qemu-img map` says
+    BUFFERS/ID.memory              the capture buffer, gone once `memory` is whole
+
+A device may have several layers: a save that failed after it had switched the overlays leaves one
+behind for the next capture.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diapause import _core
+from diapause.errors import BlobDamaged, BlobMissing
+from diapause.limits import SUBPROCESS_S
+from diapause.units import pages
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.catalog import SnapshotRecord
+    from diapause.store.home import Home
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One capture of one device: its id in provisional headers and where its pages lie."""
+
+    capture_id: str
+    source: _core.PageSource
+
+
+class CaptureFiles:
+    """The files of one capture."""
+
+    def __init__(self, home: Home, snapshot: str) -> None:
+        self.snapshot = snapshot
+        self.directory = home.capture(snapshot)
+        self.buffer = home.buffers / f"{snapshot}.memory"
+        self.raw_state = home.buffers / f"{snapshot}.state"
+        self.memory = self.directory / "memory"
+        self.state = self.directory / "device-state"
+        self.manifest = self.directory / "capture.json"
+
+    def overlay(self, device: str, layer: int) -> Path:
+        """A frozen overlay of a disk."""
+        return self.directory / f"{device}.{layer}.qcow2"
+
+    def map_of(self, overlay: Path) -> Path:
+        """What `qemu-img map` said of it."""
+        return overlay.with_suffix(".map")
+
+    def layers(self, record: SnapshotRecord, device: str) -> list[Layer]:
+        """The device's captures, oldest first."""
+        if device == "memory":
+            return [Layer(self._id(device, 0), self._memory())]
+        size = next(d.size_bytes for d in record.devices if d.name == device)
+        found = []
+        while (overlay := self.overlay(device, len(found))).exists():
+            layer = Layer(self._id(device, len(found)), self._disk(overlay, size))
+            found.append(layer)
+        if not found:
+            raise BlobMissing(blob=f"captures/{self.snapshot}/{device}.0.qcow2")
+        return found
+
+    def _id(self, device: str, layer: int) -> str:
+        return _core.blake3_bytes(f"{self.snapshot}/{device}/{layer}".encode())
+
+    def _memory(self) -> _core.PageSource:
+        if self.buffer.exists():
+            spill = str(self.memory) if self.memory.exists() else None
+            return _core.PageSource.capture(str(self.buffer), spill)
+        if not self.memory.exists():
+            raise BlobMissing(blob=f"captures/{self.snapshot}/memory")
+        return _core.PageSource.capture(str(self.memory))
+
+    def _disk(self, overlay: Path, size_bytes: int) -> _core.PageSource:
+        recorded = self.map_of(overlay)
+        map_json = recorded.read_bytes() if recorded.exists() else map_overlay(overlay)
+        return _core.PageSource.overlay(str(overlay), map_json, pages(size_bytes))
+
+
+def map_overlay(overlay: Path) -> bytes:
+    """Which ranges an overlay holds, and at which offset of its file; its guest may be running."""
+    command = ["qemu-img", "map", "-U", "--output=json", "-f", "qcow2", str(overlay)]
+    blob = f"{overlay.parent.name}/{overlay.name}"
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SUBPROCESS_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BlobDamaged(blob=blob, cause=str(error)) from error
+    if done.returncode != 0:
+        raise BlobDamaged(blob=blob, cause=done.stderr.decode(errors="replace").strip()[-500:])
+    return done.stdout

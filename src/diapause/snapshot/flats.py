@@ -1,0 +1,198 @@
+"""Flat files: a snapshot's devices as plain sparse files, until a pager exists.
+
+Invariants:
+- Every byte was verified when the file was made; afterwards it is read-only and never rewritten.
+- `flat.json` keeps what the file system said of each file then (inode, size, times), of the flat
+  files and of the blobs that they were made from. A flat file that was touched since is not used; a
+  blob that was touched since is verified again before its snapshot is resumed.
+- A running VMM maps flat files: a live mapping is a reference.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from diapause import _core
+from diapause.errors import BlobDamaged, BlobMissing
+from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX
+from diapause.snapshot.headers import Headers
+from diapause.snapshot.packer import manifest_bytes
+from diapause.store.files import (
+    read_file,
+    remove_tree,
+    replace_file,
+    storage_errors,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.catalog import Catalog, SnapshotRecord
+    from diapause.snapshot.leases import Leases
+    from diapause.store.home import Home
+    from diapause.store.templates import Templates
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What the file system says of a file; any write or replacement changes it."""
+
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Seen | None:
+        """Of the file there now; None where there is none."""
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class _Record(msgspec.Struct):
+    files: dict[str, Seen]
+    blobs: dict[str, Seen]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A snapshot's devices as files, by device name, and whether they had to be made."""
+
+    files: dict[str, Path]
+    made: bool
+
+
+class FlatStore:
+    """The flat files of one home."""
+
+    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
+        self._home, self._catalog = home, catalog
+        self._templates, self._leases = templates, leases
+        self._lock = threading.Lock()
+        self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def ensure(self, record: SnapshotRecord) -> Flat:
+        """The flat files of a snapshot, made now where they are missing; verified either way."""
+        with self._lock:
+            making = self._making[record.id]
+        with making:
+            self._verify_small(record)
+            if (found := self._usable(record)) is not None:
+                return found
+            with storage_errors(f"flat files of {record.id}", self._home.flat):
+                return self._make(record)
+
+    def _verify_small(self, record: SnapshotRecord) -> None:
+        """The manifest and the device state, whole, each time."""
+        if record.state == "captured":
+            return
+        place = self._home.snapshot(record.id)
+        manifest = read_file(
+            place / "manifest.json", f"snapshots/{record.id}/manifest.json", MANIFEST_BYTES_MAX
+        )
+        if manifest != manifest_bytes(record):
+            cause = "it differs from the catalog's record"
+            raise BlobDamaged(blob=f"snapshots/{record.id}/manifest.json", cause=cause)
+
+    def _usable(self, record: SnapshotRecord) -> Flat | None:
+        place = self._home.flat_of(record.id)
+        known_path = place / "flat.json"
+        if not known_path.exists():
+            return None
+        known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
+        if any(Seen.of(place / name) != seen for name, seen in known.files.items()):
+            return None  # touched since it was verified: made again
+        if (fresh := self._verify_touched(record, known)) is not known:
+            replace_file(known_path, msgspec.json.encode(fresh), self._home.tmp, sync=False)
+        return Flat({name: place / name for name in known.files}, made=False)
+
+    def _verify_touched(self, record: SnapshotRecord, known: _Record) -> _Record:
+        """Read again, whole, every blob that is not as it was when the flat files were made."""
+        blobs = dict(known.blobs)
+        for blob in blobs_of(self._home, record):
+            name = str(blob.relative_to(self._home.root))
+            if (seen := Seen.of(blob)) is None:
+                raise BlobMissing(blob=name)
+            if blobs.get(name) != seen:
+                self._verify_blob(record, blob)
+                blobs[name] = seen
+        return known if blobs == known.blobs else _Record(known.files, blobs)
+
+    def _verify_blob(self, record: SnapshotRecord, blob: Path) -> None:
+        if blob.parent == self._home.builds:
+            _core.verify_build(str(blob), blob.name)
+            return
+        device = next(d for d in record.devices if f"{d.name}.header" == blob.name)
+        _core.header_info(str(blob), device.header_digest)
+
+    def _make(self, record: SnapshotRecord) -> Flat:
+        fresh = self._home.tmp / f"flat-{record.id}-{os.urandom(4).hex()}"
+        fresh.mkdir(mode=0o700)
+        try:
+            with Headers(self._home, self._catalog, self._templates, self._leases) as headers:
+                for device in record.devices:
+                    self._make_device(headers, record, device.name, fresh / device.name)
+            place = self._home.flat_of(record.id)
+            remove_tree(place)
+            fresh.rename(place)
+            self._remember(record, place)
+        finally:
+            remove_tree(fresh)
+        return Flat({d.name: place / d.name for d in record.devices}, made=True)
+
+    def _make_device(
+        self, headers: Headers, record: SnapshotRecord, device: str, out: Path
+    ) -> None:
+        header = headers.of(record, device)
+        _core.materialize(
+            str(header.path), header.digest, str(self._home.builds), str(out),
+            header.captures, self._base(headers, record, device),
+        )  # fmt: skip
+        out.chmod(0o400)
+
+    def _base(
+        self, headers: Headers, record: SnapshotRecord, device: str
+    ) -> tuple[str, str, str] | None:
+        """The parent's flat file, when it is one that can be trusted."""
+        parent = self._catalog.snapshot(record.parent) if record.parent else None
+        if parent is None or self._usable(parent) is None:
+            return None
+        header = headers.of(parent, device)
+        if header.captures:
+            return None
+        return str(self._home.flat_of(parent.id) / device), str(header.path), header.digest
+
+    def _remember(self, record: SnapshotRecord, place: Path) -> None:
+        files = {d.name: Seen.of(place / d.name) for d in record.devices}
+        found = {blob: Seen.of(blob) for blob in blobs_of(self._home, record)}
+        blobs = {str(blob.relative_to(self._home.root)): seen for blob, seen in found.items() if seen}
+        data = msgspec.json.encode(_Record({n: s for n, s in files.items() if s}, blobs))
+        write_file(place / "flat.json", data, sync=False)
+
+    def device_state(self, record: SnapshotRecord) -> Path:
+        """The snapshot's device state, verified."""
+        captured = record.state == "captured"
+        place = self._home.capture(record.id) if captured else self._home.snapshot(record.id)
+        blob = f"{place.parent.name}/{record.id}/device-state"
+        data = read_file(place / "device-state", blob, DEVICE_STATE_BYTES_MAX)
+        if len(data) != record.state_bytes or _core.blake3_bytes(data) != record.state_digest:
+            raise BlobDamaged(blob=blob, cause="its digest differs from the record's")
+        return place / "device-state"
+
+
+def blobs_of(home: Home, record: SnapshotRecord) -> list[Path]:
+    """The blobs that a packed snapshot's devices need; a capture has none yet."""
+    if record.state == "captured":
+        return []
+    headers = [home.snapshot(record.id) / f"{d.name}.header" for d in record.devices]
+    builds = {home.builds / build for device in record.devices for build in device.builds}
+    return headers + sorted(builds)

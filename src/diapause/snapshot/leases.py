@@ -1,0 +1,52 @@
+"""Leases: a capture's files stay as long as somebody reads them.
+
+A capture is removed when it has been packed. A resume that began before reads it through a
+provisional header; it holds a lease meanwhile, and the removal happens when the last lease ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Leases:
+    """Who reads which capture, and what waits for them to finish."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
+        self._retired: dict[str, Callable[[], None]] = {}
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Keep what `name` stands for until the block ends."""
+        with self._lock:
+            self._held[name] += 1
+        try:
+            yield
+        finally:
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        with self._lock:
+            self._held[name] -= 1
+            if self._held[name]:
+                return
+            del self._held[name]
+            remove = self._retired.pop(name, None)
+        if remove is not None:
+            remove()
+
+    def retire(self, name: str, remove: Callable[[], None]) -> None:
+        """Call `remove` now, or when the last lease of `name` ends."""
+        with self._lock:
+            if self._held[name]:
+                self._retired[name] = remove
+                return
+        remove()

@@ -1,0 +1,127 @@
+"""Packing: a capture becomes builds, packed headers and a manifest; then its files go.
+
+Invariants:
+- Parents first: a packed header only names builds that are there.
+- The order of a pack is builds, headers, manifest (renamed into place as one directory), row,
+  removal of the capture. A kill anywhere leaves the capture and its row, and packing again is safe:
+  builds are named by their digest.
+- A pack that fails leaves the snapshot `captured`, resumable, with the cause in its row.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from diapause import _core
+from diapause.snapshot.capture import CaptureFiles
+from diapause.snapshot.headers import Headers
+from diapause.store.files import fsync_path, remove_tree, storage_errors, write_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.catalog import Catalog, DeviceRecord, SnapshotRecord
+    from diapause.snapshot.leases import Leases
+    from diapause.store.home import Home
+    from diapause.store.templates import Templates
+
+
+class Packer:
+    """Packs captures of one home, one at a time: whoever calls it serialises."""
+
+    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
+        self._home, self._catalog = home, catalog
+        self._templates, self._leases = templates, leases
+
+    def pack(self, snapshot_id: str) -> SnapshotRecord:
+        """Pack a snapshot, and its ancestors before it; one that is packed stays as it is."""
+        record = self._catalog.snapshot(snapshot_id)
+        assert record is not None, snapshot_id
+        if record.state != "captured":
+            return record
+        if record.parent is not None:
+            self.pack(record.parent)
+        with storage_errors(f"snapshot {snapshot_id}", self._home.root):
+            packed = self._pack(record)
+        self._leases.retire(snapshot_id, lambda: self._remove_capture(snapshot_id))
+        return packed
+
+    def _pack(self, record: SnapshotRecord) -> SnapshotRecord:
+        fresh = self._home.tmp / f"snapshot-{record.id}-{os.urandom(4).hex()}"
+        fresh.mkdir(mode=0o700)
+        try:
+            with Headers(self._home, self._catalog, self._templates, self._leases) as headers:
+                devices = [self._device(headers, record, d, fresh) for d in record.devices]
+            packed = msgspec.structs.replace(
+                record, state="packed", durability=_at_least_disk(record), devices=devices, error=None
+            )
+            state = CaptureFiles(self._home, record.id).state.read_bytes()
+            write_file(fresh / "device-state", state, sync=True)
+            write_file(fresh / "manifest.json", manifest_bytes(packed), sync=True)
+            self._publish(fresh, packed)
+        finally:
+            remove_tree(fresh)
+        return packed
+
+    def _publish(self, fresh: Path, packed: SnapshotRecord) -> None:
+        fsync_path(fresh)
+        place = self._home.snapshot(packed.id)
+        remove_tree(place)  # of a pack that was killed before its row
+        fresh.rename(place)
+        fsync_path(place.parent)
+        self._catalog.put_snapshot(packed, durable=True)
+
+    def _device(
+        self, headers: Headers, record: SnapshotRecord, device: DeviceRecord, fresh: Path
+    ) -> DeviceRecord:
+        parent = headers.parent(record, device.name)
+        header, digest, stored, changed = parent.path, parent.digest, 0, 0
+        result = None
+        layers = CaptureFiles(self._home, record.id).layers(record, device.name)
+        for number, layer in enumerate(layers):
+            final = number == len(layers) - 1
+            out = fresh / (f"{device.name}.header" if final else f"{device.name}.{number}.partial")
+            result = _core.pack(
+                layer.source, str(header), digest, str(self._home.builds), str(self._home.tmp),
+                str(out), self._parent_flat(record, device.name) if number == 0 else None,
+            )  # fmt: skip
+            header, digest = out, result.header_digest
+            stored += result.stored_bytes
+            changed += result.stored_pages + result.zero_pages
+        for partial in fresh.glob(f"{device.name}.*.partial"):
+            partial.unlink()
+        assert result is not None
+        return msgspec.structs.replace(
+            device,
+            header_digest=digest,
+            header_bytes=result.header_bytes,
+            changed_pages=changed,
+            stored_bytes=stored + result.header_bytes,
+            builds=[build for build, _ in result.builds],
+        )
+
+    def _parent_flat(self, record: SnapshotRecord, device: str) -> str | None:
+        if record.parent is None:
+            return None
+        flat = self._home.flat_of(record.parent) / device
+        return str(flat) if flat.exists() else None
+
+    def _remove_capture(self, snapshot_id: str) -> None:
+        files = CaptureFiles(self._home, snapshot_id)
+        remove_tree(files.directory)
+        files.buffer.unlink(missing_ok=True)
+        files.raw_state.unlink(missing_ok=True)
+
+
+def _at_least_disk(record: SnapshotRecord) -> str:
+    return "disk" if record.durability == "process" else record.durability
+
+
+def manifest_bytes(record: SnapshotRecord) -> bytes:
+    """A snapshot's manifest: its record without the name, which may change."""
+    return msgspec.json.format(
+        msgspec.json.encode(msgspec.structs.replace(record, name=None)), indent=1
+    )
