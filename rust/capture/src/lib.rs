@@ -1,5 +1,36 @@
 //! The data plane over files: compare and pack what a capture took, and materialize a device.
+//!
+//! `scan`, `copy` and `buffer` take the dirty pages of a VMM that stands; everything else works
+//! behind it, from files to files, verifies what it reads and writes each file once. `unsafe` only
+//! where the kernel is called.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod blob;
 pub mod buffer;
+mod builds;
+mod capture_source;
+mod clone;
+pub mod compare;
 pub mod copy;
+mod error;
+mod fetch;
+mod headers;
+mod materialize;
+pub mod overlay_map;
+mod pack;
+mod parent;
 pub mod scan;
+mod source;
+mod threads;
+mod write_out;
+
+pub use blob::digest_file;
+pub use builds::verify_build;
+pub use capture_source::read_head;
+pub use error::{Error, Result};
+pub use headers::{write_provisional, write_zero_header, HeaderFile};
+pub use fetch::Captures;
+pub use materialize::{materialize, Base, Materialized, Request};
+pub use pack::{pack, pack_file, Packed, Places, Progress};
+pub use source::{PageSource, SourceRun};
+pub use write_out::write_out;

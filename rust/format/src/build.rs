@@ -10,8 +10,9 @@
 //!                         24 BLAKE3-256 of head and table   56 magic "DIAPBLDF"
 //! ```
 //!
-//! **The build id is the BLAKE3-256 of head and table**: the id verifies the table and the table each frame,
-//! so any part is verified up to the header that names the build. All frames but the last have 16 pages.
+//! **The build id is the BLAKE3-256 of head and table**: the id verifies the table and the table
+//! each frame, so any part is verified up to the header that names the build. All frames but the
+//! last have 16 pages.
 
 use std::io::{Read, Seek, SeekFrom};
 

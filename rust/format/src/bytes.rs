@@ -1,5 +1,5 @@
-//! Fixed little-endian fields at known offsets. The caller has checked the length: a slice that is too
-//! short is a mistake of ours and panics.
+//! Fixed little-endian fields at known offsets. The caller has checked the length: a slice that is
+//! too short is a mistake of ours and panics.
 
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut field = [0; 4];

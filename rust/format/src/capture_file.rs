@@ -13,9 +13,9 @@
 //! aligned   pages: C x 4096 bytes, in the order of the list
 //! ```
 //!
-//! A file has C = N. A buffer has the capacity it was made with: its first min(N, C) entries and pages lie in
-//! it, the others in the capture file, where the layout for N puts them. Offsets follow from C alone.
-//! The head is written last: without SEALED the rest means nothing.
+//! A file has C = N. A buffer has the capacity it was made with: its first min(N, C) entries and
+//! pages lie in it, the others in the capture file, where the layout for N puts them. Offsets
+//! follow from C alone. The head is written last: without SEALED the rest means nothing.
 
 use crate::bytes::{array_at, put, put_u32, put_u64, u32_at, u64_at};
 use crate::error::{at_most, exactly, FormatError, Result};
@@ -153,7 +153,8 @@ impl CaptureHead {
     /// Reads a head; `file_bytes` is the size of the file it begins.
     ///
     /// # Errors
-    /// Bad magic, unknown version, bad checksum, a value out of range, or a file shorter than the layout.
+    /// Bad magic, unknown version, bad checksum, a value out of range, or a file shorter than the
+    /// layout.
     pub fn decode(head: &[u8], file_bytes: u64) -> Result<Self> {
         if head.len() < CAPTURE_HEAD_LEN || file_bytes < CAPTURE_HEAD_LEN as u64 {
             return Err(FormatError::Truncated { part: PART });

@@ -1,4 +1,5 @@
-//! Two streams of extents at once: a capture over its parent's header, and the difference of two headers.
+//! Two streams of extents at once: a capture over its parent's header, and the difference of two
+//! headers.
 
 use std::io::{Read, Write};
 
@@ -13,11 +14,12 @@ pub const NEW_BUILD: u32 = BUILDS_MAX as u32 + 1;
 
 /// Writes the extents of `parent`, except where `over` has its own, to `writer`.
 ///
-/// `over` yields extents in ascending order, without overlaps, that map to zero or to [`NEW_BUILD`], which is
-/// `new_build`. The parent is read to its verified end.
+/// `over` yields extents in ascending order, without overlaps, that map to zero or to
+/// [`NEW_BUILD`], which is `new_build`. The parent is read to its verified end.
 ///
 /// # Errors
-/// Whatever reading, writing or `over` reports; an extent of `over` out of order or beyond the device.
+/// Whatever reading, writing or `over` reports; an extent of `over` out of order or beyond the
+/// device.
 pub fn overwrite<R: Read, W: Write>(
     parent: &mut HeaderReader<R>,
     over: impl IntoIterator<Item = Result<Extent>>,
@@ -117,6 +119,15 @@ pub struct Difference {
     pub new: Target,
 }
 
+/// Which of two headers an error is about.
+#[derive(Debug)]
+pub enum Side {
+    /// The old one.
+    Old(FormatError),
+    /// The new one.
+    New(FormatError),
+}
+
 /// Reads two headers of one device side by side.
 pub struct Differ<A, B> {
     old: HeaderReader<A>,
@@ -128,16 +139,20 @@ pub struct Differ<A, B> {
 impl<A: Read, B: Read> Differ<A, B> {
     /// Begins with two headers from which nothing was read.
     ///
-    /// # Errors
-    /// They are of devices of different size.
-    pub fn new(old: HeaderReader<A>, new: HeaderReader<B>) -> Result<Self> {
-        exactly("count of device pages", new.page_count(), old.page_count())?;
-        Ok(Self {
+    /// # Panics
+    /// When they are of devices of different size.
+    pub fn new(old: HeaderReader<A>, new: HeaderReader<B>) -> Self {
+        assert_eq!(
+            old.page_count(),
+            new.page_count(),
+            "two headers of one device"
+        );
+        Self {
             old,
             new,
             old_rest: None,
             new_rest: None,
-        })
+        }
     }
 
     /// The builds of the new header, as far as it was read.
@@ -148,8 +163,8 @@ impl<A: Read, B: Read> Differ<A, B> {
     /// The next run that the two map differently; None once both ends were verified.
     ///
     /// # Errors
-    /// Whatever reading reports.
-    pub fn next_difference(&mut self) -> Result<Option<Difference>> {
+    /// Whatever reading reports, and of which header.
+    pub fn next_difference(&mut self) -> std::result::Result<Option<Difference>, Side> {
         while let Some(run) = self.next_run()? {
             if !self.same(&run) {
                 return Ok(Some(run));
@@ -158,14 +173,14 @@ impl<A: Read, B: Read> Differ<A, B> {
         Ok(None)
     }
 
-    fn next_run(&mut self) -> Result<Option<Difference>> {
+    fn next_run(&mut self) -> std::result::Result<Option<Difference>, Side> {
         let old = match self.old_rest.take() {
             Some(rest) => Some(rest),
-            None => self.old.next_extent()?,
+            None => self.old.next_extent().map_err(Side::Old)?,
         };
         let new = match self.new_rest.take() {
             Some(rest) => Some(rest),
-            None => self.new.next_extent()?,
+            None => self.new.next_extent().map_err(Side::New)?,
         };
         let (Some(old), Some(new)) = (old, new) else {
             // Both cover the device, so both end at once.
@@ -176,9 +191,10 @@ impl<A: Read, B: Read> Differ<A, B> {
         let end = old.end().min(new.end());
         self.old_rest = old.trimmed_to(end);
         self.new_rest = new.trimmed_to(end);
+        let (page, length) = (old.page, end - old.page);
         Ok(Some(Difference {
-            page: old.page,
-            length: end - old.page,
+            page,
+            length,
             old: old.target,
             new: new.target,
         }))

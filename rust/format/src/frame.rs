@@ -74,7 +74,8 @@ impl Decoder {
         Ok(Self(zstd::bulk::Decompressor::new()?))
     }
 
-    /// Verifies the stored bytes of frame `number` and writes its pages to `into`, which has their length.
+    /// Verifies the stored bytes of frame `number` and writes its pages to `into`, which has their
+    /// length.
     ///
     /// # Errors
     /// Bad frame digest; a length that is not that of the pages.

@@ -1,22 +1,24 @@
 //! The header format: what its blocks are, and the bytes that reader and writer share.
 //!
 //! ```text
-//! head, 32 bytes:   0 magic "DIAPHDR\0"  8 version u32 = 1  12 page size u32 = 4096
-//!                  16 device pages u64  24 zero u32        28 crc32 of the 28 bytes before
-//! block:            0 type u8, 3 zero bytes  4 payload length u32
-//!                   8 crc32 of those 8 bytes and the payload  12 payload
-//! 1 builds:   n x ( id 32, pages u64, kind u8: 1 packed, 2 capture )
-//! 2 extents:  first page u64, count u32, length in bytes of each of three columns u32 x 3,
-//!             then the columns, varints: lengths; builds (0 zero, else the number of the build from 1);
-//!             for each extent that is not zero: zigzag(position - where the build's extent before it in
-//!             this block ended, 0 for its first)
-//! 3 end:      extents u64, pages that are not zero u64, builds u64, BLAKE3-256 of all bytes before this block
+//! head, 32 bytes:  0 magic "DIAPHDR\0"    8 version u32 = 1   12 page size u32 = 4096
+//!                 16 device pages u64   24 zero u32         28 crc32 of the 28 bytes before
+//! block:           0 type u8, 3 zero bytes                   4 payload length u32
+//!                  8 crc32 of those 8 bytes and the payload 12 payload
+//!  1 builds:   n x ( id 32, pages u64, kind u8: 1 packed, 2 capture )
+//!  2 extents:  first page u64, count u32, bytes of each of three columns u32 x 3, then the
+//!              columns, varints: lengths; builds (0 zero, else the build's number from 1);
+//!              for each extent that is not zero, zigzag(position - the end of the extent before
+//!              it in this block that maps to its build, 0 where there is none)
+//!  3 end:      extents u64, pages that are not zero u64, builds u64, BLAKE3-256 of all bytes
+//!              before this block
 //! ```
 //!
-//! Extents cover the device from page 0 without gap or overlap. One mapping has exactly one encoding: adjacent
-//! extents that continue each other are merged, an extents block holds 4096 of them (the last one the rest), a
-//! builds block holds, in the order of first use, the builds that the extents block after it uses for the first time,
-//! numbers are in their shortest form. A reader refuses anything else.
+//! Extents cover the device from page 0 without gap or overlap. One mapping has exactly one
+//! encoding: adjacent extents that continue each other are merged, an extents block holds 4096 of
+//! them (the last one the rest), a builds block holds, in the order of first use, the builds that
+//! the extents block after it uses for the first time, numbers are in their shortest form. A reader
+//! refuses anything else.
 
 use crate::error::{at_most, FormatError, Result};
 use crate::page::Digest;

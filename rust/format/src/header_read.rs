@@ -1,7 +1,7 @@
 //! Reads a header as a stream: one block in memory, whatever the number of extents.
 //!
-//! Extents come out as they are read; only the end says that the digest is right. Whoever acts on them
-//! before must be able to throw the result away.
+//! Extents come out as they are read; only the end says that the digest is right. Whoever acts on
+//! them before must be able to throw the result away.
 
 use std::collections::HashSet;
 use std::io::Read;

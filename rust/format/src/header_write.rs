@@ -1,7 +1,7 @@
 //! Writes a header as a stream: 4096 extents in memory, whatever the number.
 //!
-//! The caller numbers builds as it likes; the writer renumbers them in the order of first use, so that one
-//! mapping has one encoding.
+//! The caller numbers builds as it likes; the writer renumbers them in the order of first use, so
+//! that one mapping has one encoding.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -15,6 +15,10 @@ use crate::header::{
 };
 use crate::page::{Digest, PAGE_SIZE};
 use crate::varint;
+
+/// The part that [`crate::FormatError::OutOfRange`] names when a new header would need more builds
+/// than one may have.
+pub const FULL_HEADER: &str = "count of builds of the new header";
 
 /// Writes one header to `W`, which should not be buffered: blocks are large.
 pub struct HeaderWriter<W> {
@@ -54,7 +58,7 @@ impl Numbers {
         let number = match self.by_id.get(&build.id) {
             Some(&known) => known,
             None => {
-                at_most("count of builds", self.builds.len() as u64 + 1, BUILDS_MAX)?;
+                at_most(FULL_HEADER, self.builds.len() as u64 + 1, BUILDS_MAX)?;
                 self.builds.push(build);
                 self.builds.len() as u32
             }
@@ -157,7 +161,8 @@ impl<W: Write> HeaderWriter<W> {
     /// Adds the extent that follows the last one; `describe` is asked once for each build number.
     ///
     /// # Errors
-    /// A gap, an overlap, an extent beyond the device or its build, too many builds, or the write failed.
+    /// A gap, an overlap, an extent beyond the device or its build, too many builds, or the write
+    /// failed.
     #[inline]
     pub fn push(&mut self, extent: Extent, describe: impl FnOnce(u32) -> BuildRef) -> Result<()> {
         exactly("start of an extent", extent.page, self.next_page)?;
@@ -209,8 +214,8 @@ impl<W: Write> HeaderWriter<W> {
         self.write_block(EXTENTS_BLOCK, &payload)
     }
 
-    /// Builds known once the present block is written. The extent that is still open may have brought one
-    /// more: it belongs to the next block.
+    /// Builds known once the present block is written. The extent that is still open may have
+    /// brought one more: it belongs to the next block.
     fn introduced(&self) -> usize {
         self.numbers
             .written

@@ -6,8 +6,8 @@ pub const PAGE_SIZE: usize = 4096;
 /// A BLAKE3-256 digest.
 pub type Digest = [u8; 32];
 
-/// Whether all bytes are zero. Wide words, early exit each 256 bytes: a page that is not zero usually
-/// says so at once.
+/// Whether all bytes are zero. Wide words, early exit each 256 bytes: a page that is not zero
+/// usually says so at once.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let mut chunks = bytes.chunks_exact(256);
     let body = chunks.by_ref().all(|chunk| {
@@ -15,6 +15,11 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         words.fold(0u64, |sum, word| sum | crate::bytes::u64_at(word, 0)) == 0
     });
     body && chunks.remainder().iter().all(|byte| *byte == 0)
+}
+
+/// The BLAKE3-256 digest of bytes in memory.
+pub fn digest(bytes: &[u8]) -> Digest {
+    *blake3::hash(bytes).as_bytes()
 }
 
 /// The first 16 bytes of the BLAKE3 digest: what frames and captured pages are verified by.

@@ -1,5 +1,5 @@
-//! Unsigned LEB128 of at most five bytes (35 bits: page counts up to 2^32), always in its shortest form,
-//! and zigzag for signed differences.
+//! Unsigned LEB128 of at most five bytes (35 bits: page counts up to 2^32), always in its shortest
+//! form, and zigzag for signed differences.
 
 use crate::error::{FormatError, Result};
 
