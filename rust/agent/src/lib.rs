@@ -6,6 +6,8 @@
 //! retransmission), `message` (payloads), `spawn` and `session` (commands), `system` and
 //! `filesystems` (effects on the guest), `engine` (the loop).
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod channel;
 pub mod engine;
 pub mod filesystems;

@@ -9,9 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{killpg, Signal};
-use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
-use nix::unistd::{read, Pid};
+use nix::unistd::read;
 
 use crate::frame::{kind, HEADER_LEN};
 use crate::message::{encode_credit, to_json, Exec, ExecFailed, Exit, Started};
@@ -26,6 +24,7 @@ pub const TOTAL_MAX: usize = 1024;
 /// How long a command's streams may stay open after its end before they count as somebody else's.
 pub const GRACE: Duration = Duration::from_millis(100);
 
+const SIGNAL_MAX: i32 = 64;
 const READS_AT_ONCE: usize = 4;
 const OUTPUT_KINDS: [u8; 2] = [kind::STDOUT, kind::STDERR];
 
@@ -39,7 +38,7 @@ struct End {
 pub struct Session {
     /// Its id on the link; none once nobody listens.
     pub id: Option<u32>,
-    pid: Pid,
+    pid: i32,
     pidfd: OwnedFd,
     /// Its standard input.
     pub input: Input,
@@ -62,7 +61,7 @@ impl Session {
         let input_reported = input.is_none(); // there is nothing to close
         Self {
             id: Some(id),
-            pid: Pid::from_raw(pid),
+            pid,
             pidfd,
             input: Input::new(input, terminal.is_some()),
             outputs: [Output::new(output), Output::new(error)],
@@ -92,8 +91,9 @@ impl Session {
 
     /// Sends its process group a signal, unless it is over.
     pub fn signal(&self, number: i32) {
-        if let (None, Ok(signal)) = (&self.end, Signal::try_from(number)) {
-            let _ = killpg(self.pid, signal);
+        if self.end.is_none() && (1..=SIGNAL_MAX).contains(&number) {
+            // SAFETY: the call takes two integers, and our unreaped child keeps its group's number ours.
+            unsafe { libc::killpg(self.pid, number) };
         }
     }
 
@@ -149,20 +149,12 @@ impl Session {
 
     /// Collects the command's exit status.
     pub fn reap(&mut self, now: Instant) {
-        let exit = match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => Exit {
-                code: code as u8,
-                signal: None,
-            },
-            Ok(WaitStatus::Signaled(_, signal, _)) => {
-                let number = signal as i32 as u8;
-                Exit {
-                    code: 128 + number,
-                    signal: Some(number),
-                }
-            }
-            Ok(_) => return,
-            Err(_) => Exit {
+        let mut status = 0;
+        // SAFETY: the kernel writes one int. (Real-time signals are no `Signal`, so not by `nix`.)
+        let exit = match unsafe { libc::waitpid(self.pid, &mut status, libc::WNOHANG) } {
+            0 => return,
+            pid if pid == self.pid => decode_status(status),
+            _ => Exit {
                 code: 255,
                 signal: None,
             }, // nobody else waits for it: it can't happen
@@ -184,6 +176,20 @@ impl Session {
         let closed = self.outputs.iter().all(|output| output.fd().is_none());
         let settled = self.outputs.iter().all(Output::is_settled) && end.over;
         (closed || settled || self.id.is_none()).then_some(end.exit)
+    }
+}
+
+fn decode_status(status: i32) -> Exit {
+    if libc::WIFSIGNALED(status) {
+        let number = libc::WTERMSIG(status) as u8;
+        return Exit {
+            code: 128 + number,
+            signal: Some(number),
+        };
+    }
+    Exit {
+        code: libc::WEXITSTATUS(status) as u8,
+        signal: None,
     }
 }
 
