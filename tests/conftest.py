@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from diapause.guest.build import build_image
 from diapause.guest.images import Image, find_image
-from diapause.guest.tiny import build_image
 from diapause.store.home import Home
 from tests.framework import host
 from tests.framework.processes import end_processes

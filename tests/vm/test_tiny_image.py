@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diapause.guest import tiny
+from diapause.guest.build import build_image
 from diapause.guest.images import Image, find_image
 from diapause.store.home import Home
 from tests.framework import bare_qemu
@@ -35,7 +35,7 @@ def test_an_image_that_exists_stays_as_it_is(tiny_home: Home) -> None:
     """A second build says so and changes nothing."""
     before = find_image(tiny_home, "tiny")
     said: list[str] = []
-    info = tiny.build_image(tiny_home, "tiny", "tiny", said.append)
+    info = build_image(tiny_home, "tiny", "tiny", said.append)
     assert info.already
     assert said == []
     assert find_image(tiny_home, "tiny").manifest == before.manifest

@@ -1,55 +1,53 @@
-"""One image build: where it works, whom it tells, and how it fails.
+"""Building an image, whatever its flavour.
 
-What holds: a program that a build runs ends within its bound, cannot ask questions, and speaks in
-the C locale; whatever goes wrong becomes one `ImageBuildFailed` that names the step.
+What holds: an image that exists stays as it is; a build that fails or is killed leaves nothing
+where images are looked for.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diapause import limits
-from diapause.errors import ImageBuildFailed
+from diapause.errors import InvalidRequest, NotEnoughSpace, NotSupportedYet
+from diapause.guest import images, tiny
+from diapause.guest.steps import ImageBuild
+from diapause.units import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STDERR_SHOWN = 500
+    from diapause.model import ImageInfo
+    from diapause.store.home import Home
+
+BUILD_BYTES = 256 * MIB  # the kernel's package and what it unpacks to, for the time of the build
 
 
-@dataclass(frozen=True)
-class ImageBuild:
-    """A build in progress: the image's name, a directory to work in, and who is told."""
-
-    image: str
-    directory: Path
-    progress: Callable[[str], None]
-
-    def failed(self, step: str, cause: object) -> ImageBuildFailed:
-        """The error to raise."""
-        return ImageBuildFailed(image=self.image, step=step, cause=cause)
-
-    def run(self, step: str, *argv: str | Path) -> str:
-        """Run a program in the build's directory and return what it printed."""
+def build_image(home: Home, name: str, flavor: str, progress: Callable[[str], None]) -> ImageInfo:
+    """Build an image, unless there is one of that name."""
+    images.check_name(name)
+    _check_flavor(flavor)
+    if name in images.names(home):
+        return images.find_image(home, name).info(already=True)
+    if (free := home.free_bytes()) < BUILD_BYTES:
+        raise NotEnoughSpace(
+            what=f"Building image {name}", needed_bytes=BUILD_BYTES, directory=home.tmp,
+            available_bytes=free,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=home.tmp, prefix="image-") as directory:
+        build = ImageBuild(name, Path(directory), progress)
         try:
-            done = subprocess.run(
-                argv,
-                cwd=self.directory,
-                env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limits.SUBPROCESS_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise self.failed(step, error) from error
-        if done.returncode != 0:
-            said = done.stderr.strip()[-_STDERR_SHOWN:] or f"exit code {done.returncode}"
-            raise self.failed(step, f"{Path(argv[0]).name}: {said}")
-        return done.stdout
+            staged = tiny.stage(build)
+            made = images.publish(staged, home.image(name))
+        except OSError as error:
+            raise build.failed("writing its files", error) from error
+    progress(f"image {name} is ready")
+    return images.find_image(home, name).info(already=not made)
+
+
+def _check_flavor(flavor: str) -> None:
+    if flavor == "python":
+        raise NotSupportedYet(what="The image flavour 'python'")
+    if flavor != tiny.FLAVOR:
+        raise InvalidRequest(what=f"The image flavour {flavor!r}", cause=f"there is: {tiny.FLAVOR}")

@@ -19,7 +19,7 @@ from diapause.errors import ImageBuildFailed
 from diapause.guest.images import KernelSource
 
 if TYPE_CHECKING:
-    from diapause.guest.build import ImageBuild
+    from diapause.guest.steps import ImageBuild
 
 # Unsigned: the same kernel without the signature for a firmware that a guest does not have.
 _PACKAGES = r"^linux-image-[0-9].*-cloud-amd64-unsigned$"

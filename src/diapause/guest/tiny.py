@@ -1,14 +1,13 @@
 """The image `tiny`: Debian's cloud kernel, busybox and our agent, running from memory.
 
-What holds: an image that exists stays as it is; a build that fails or is killed leaves nothing
-where images are looked for; the manifest says what everything was made from.
+What holds: the guest runs from memory, with nothing in it that is not listed here; the manifest
+says what everything was made from.
 """
 
 from __future__ import annotations
 
 import shutil
 import struct
-import tempfile
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -16,73 +15,28 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from diapause.errors import InvalidRequest, NotEnoughSpace, NotSupportedYet
 from diapause.guest import images
-from diapause.guest.build import ImageBuild
 from diapause.guest.initramfs import Initramfs
 from diapause.guest.kernel import Kernel, fetch_kernel, order_modules
-from diapause.units import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from diapause.model import ImageInfo
-    from diapause.store.home import Home
+    from diapause.guest.steps import ImageBuild
 
 # The driver appends tsc_early_khz with the host's own frequency: with both, no boot depends on
 # measuring a clock against an emulated timer. `cryptomgr.notests` leaves out self-tests and
 # `noreplace-smp` the patching of locks: a tenth of a second each under an emulated processor.
 COMMAND_LINE = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable cryptomgr.notests noreplace-smp"
-BUILD_BYTES = 256 * MIB  # the kernel's package and what it unpacks to, for the time of the build
+FLAVOR = "tiny"
 _AGENT = "diapause-agent"
 _EXECUTABLE = ("rc", "agent")
 _DIRECTORIES = (
-    "bin",
-    "sbin",
-    "etc",
-    "lib",
-    "lib/modules",
-    "usr",
-    "dev",
-    "proc",
-    "sys",
-    "run",
-    "data",
-)
+    "bin", "sbin", "etc", "lib", "lib/modules", "usr", "dev", "proc", "sys", "run", "data",
+)  # fmt: skip
 _ELF_PROGRAM_INTERPRETER = 3
 
 
-def build_image(home: Home, name: str, flavor: str, progress: Callable[[str], None]) -> ImageInfo:
-    """Build an image, unless there is one of that name."""
-    images.check_name(name)
-    _check_flavor(flavor)
-    if name in images.names(home):
-        return images.find_image(home, name).info(already=True)
-    if (free := home.free_bytes()) < BUILD_BYTES:
-        raise NotEnoughSpace(
-            what=f"Building image {name}", needed_bytes=BUILD_BYTES, directory=home.tmp,
-            available_bytes=free,
-        )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=home.tmp, prefix="image-") as directory:
-        build = ImageBuild(name, Path(directory), progress)
-        try:
-            staged = _stage(build, flavor)
-            made = images.publish(staged, home.image(name))
-        except OSError as error:
-            raise build.failed("writing its files", error) from error
-    progress(f"image {name} is ready")
-    return images.find_image(home, name).info(already=not made)
-
-
-def _check_flavor(flavor: str) -> None:
-    if flavor == "python":
-        raise NotSupportedYet(what="The image flavour 'python'")
-    if flavor != "tiny":
-        raise InvalidRequest(what=f"The image flavour {flavor!r}", cause="there is: tiny")
-
-
-def _stage(build: ImageBuild, flavor: str) -> Path:
-    """Write a whole image into the build's directory."""
+def stage(build: ImageBuild) -> Path:
+    """Write a whole image into a directory of the build; returns it."""
     agent = _static_program(build, Path(str(resources.files("diapause") / "native" / _AGENT)))
     busybox = _static_program(build, Path(shutil.which("busybox") or "/bin/busybox"))
     kernel = fetch_kernel(build)
@@ -93,7 +47,7 @@ def _stage(build: ImageBuild, flavor: str) -> Path:
     (staged / images.INITRD).write_bytes(_initramfs(build, kernel, agent, busybox).compressed())
     manifest = images.Manifest(
         name=build.image,
-        flavor=flavor,
+        flavor=FLAVOR,
         created_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         kernel=kernel.source,
         files={file: images.FileEntry.of(staged / file) for file in (images.KERNEL, images.INITRD)},
