@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import socket
 
 from tests.framework.agent import Agent
 
 
 class CuttingProxy:
-    """Forwards bytes until it has seen a given number of them, then drops what it holds and hangs up."""
+    """Forwards a given number of bytes, drops the rest of what it holds, and hangs up."""
 
-    def __init__(self, agent: Agent, dice: random.Random) -> None:
+    def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._dice = dice
+        self._left = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._sockets: list[socket.socket] = []
         self.cut = asyncio.Event()
@@ -57,5 +56,4 @@ class CuttingProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for sock in self._sockets:
-            # A random part of what nobody has read yet is lost with the socket, too.
             sock.close()

@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,11 @@ async def echo(session: Session, data: bytes) -> bytes:
     return bytes(back)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_cuts_at_any_byte_lose_and_double_nothing(agent: Agent, seed: int) -> None:
     async def scene() -> None:
         dice = random.Random(seed)
-        proxy = CuttingProxy(agent, dice)
+        proxy = CuttingProxy(agent)
         link = Link("test")
         streams = [dice.randbytes(6 * MIB) for _ in range(2)]
         await link.attach(await proxy.connect(4 * FRAME_MAX), identity=None, bound_s=10)
@@ -63,7 +64,8 @@ def test_cuts_at_any_byte_lose_and_double_nothing(agent: Agent, seed: int) -> No
         cuts = 0
         while not work.done():
             cut = asyncio.create_task(proxy.cut.wait())
-            await asyncio.wait([cut, work], return_when=asyncio.FIRST_COMPLETED)
+            waiting: list[asyncio.Future[Any]] = [cut, work]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             cut.cancel()
             if work.done():
                 break
@@ -75,7 +77,7 @@ def test_cuts_at_any_byte_lose_and_double_nothing(agent: Agent, seed: int) -> No
             after = FRAME_MAX + dice.choice([dice.randrange(2000), dice.randrange(900 * KIB)])
             sock = await proxy.connect(after)
             try:
-                await link.attach(sock, identity=None, bound_s=0.5)
+                await link.attach(sock, identity=None, bound_s=0.2)
             except errors.AgentUnreachable:
                 proxy.cut.set()
         for back, data in zip(await work, streams, strict=True):
@@ -206,8 +208,6 @@ def test_a_restarted_agent_cuts_its_sessions_with_the_cause(agent: Agent) -> Non
 
 def test_an_agent_that_does_not_answer_is_an_error_within_its_bound(tmp_path: Path) -> None:
     async def scene() -> None:
-        import socket
-
         ours, theirs = socket.socketpair()
         link = Link("test")
         with pytest.raises(errors.AgentUnreachable):

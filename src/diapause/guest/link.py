@@ -28,6 +28,8 @@ from diapause.guest.protocol import Filesystems, Identity, ProtocolError, Welcom
 from diapause.guest.session import ExecRequest, Session
 from diapause.guest.wire import Message, Wire
 
+__all__ = ["Identity", "Link", "Welcome"]
+
 T = TypeVar("T")
 
 SESSIONS_MAX = 256
