@@ -47,6 +47,9 @@ class PageSource:
     def bytes(self) -> int:
         """Bytes of page data it holds."""
 
+    def runs(self) -> list[tuple[int, int]]:
+        """What it captured, as ascending (first page, count)."""
+
 @final
 class HeaderInfo:
     """What a verified header says; `builds` are packed ones, `captures` not packed yet."""

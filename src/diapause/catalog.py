@@ -2,9 +2,9 @@
 
 Invariants:
 - A row never says more than the files hold: files first, then the row.
-- Two ways to commit, one file. `durable=True` syncs (what must survive the host: a snapshot that was
-  promised to be on disk). The rest is written through to the kernel and survives any death but the
-  host's: after one, rows of running machines mean nothing anyway, and the boot id tells.
+- Two ways to commit, one file. `durable=True` syncs (what must survive the host: a snapshot that
+  was promised to be on disk). The rest is written through to the kernel and survives any death
+  but the host's: after one, rows of running machines mean nothing anyway, and the boot id tells.
 - The journal is append-only within an operation: a step is there before it is taken.
 
 Used from many threads: each has a connection of its own.
@@ -308,9 +308,11 @@ class Catalog:
 
     def fact(self, name: str) -> str | None:
         """A remembered fact about this host, or None."""
-        row = self._connection(durable=False).execute(
-            "SELECT value FROM facts WHERE name = ?", (name,)
-        ).fetchone()
+        row = (
+            self._connection(durable=False)
+            .execute("SELECT value FROM facts WHERE name = ?", (name,))
+            .fetchone()
+        )
         return None if row is None else str(row[0])
 
     def remember(self, name: str, value: str) -> None:

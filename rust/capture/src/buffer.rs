@@ -46,6 +46,8 @@ pub struct CaptureBuffer {
 
 // SAFETY: the mapping is owned by this value alone and reached through `&mut self` only.
 unsafe impl Send for CaptureBuffer {}
+// SAFETY: a shared reference reaches the layout only, never the mapping.
+unsafe impl Sync for CaptureBuffer {}
 
 impl CaptureBuffer {
     /// Makes the file at `path`, allocates all of it and touches it.

@@ -49,6 +49,11 @@ impl PyPageSource {
         self.0.captured_pages()
     }
 
+    fn runs(&self) -> Vec<(u64, u64)> {
+        let runs = self.0.runs().iter();
+        runs.map(|run| (run.page, run.pages)).collect()
+    }
+
     #[getter]
     fn bytes(&self) -> u64 {
         self.0.data_pages() * PAGE_SIZE as u64

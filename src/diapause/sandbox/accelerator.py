@@ -1,7 +1,7 @@
 """The accelerator, by proof: /dev/kvm may open, make VMs and vCPUs, and still not run a kernel.
 
-A small guest is booted under KVM once, to an answering agent within a bound; the outcome is a fact of
-this kernel, this CPU architecture and this QEMU. TCG needs no proof.
+A small guest is booted under KVM once, to an answering agent within a bound; the outcome is a fact
+of this kernel, this CPU architecture and this QEMU. TCG needs no proof.
 """
 
 from __future__ import annotations

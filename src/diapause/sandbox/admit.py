@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.errors import InvalidRequest, NameInUse, NotEnoughMemory, NotSupportedYet
@@ -25,7 +26,7 @@ _VMM_OVERHEAD_BYTES = 64 * MIB
 
 def available_memory() -> int:
     """What the host can give without swapping, in bytes."""
-    with open("/proc/meminfo") as info:
+    with Path("/proc/meminfo").open() as info:
         for line in info:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024

@@ -17,11 +17,8 @@ know what was forgotten, and compares all of RAM.
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
+import secrets
 from typing import TYPE_CHECKING, ClassVar
-
-import msgspec
 
 from diapause import _core
 from diapause.catalog import DeviceRecord, SnapshotRecord, now
@@ -218,7 +215,10 @@ class Capture(Verb):
         raw = self.files.raw_state
         if raw.stat().st_size > DEVICE_STATE_BYTES_MAX:
             raise CaptureFailed(
-                sandbox=self.sandbox, step="state", cause="the device state is too large", guest="goes on"
+                sandbox=self.sandbox,
+                step="state",
+                cause="the device state is too large",
+                guest="goes on",
             )
         assert self.record.identity is not None
         state = finish_state(self.sandbox, raw.read_bytes(), self.record.identity.machine)
@@ -291,7 +291,9 @@ class Capture(Verb):
         """Nothing stays of a failed capture but what the next one must add."""
         self.buffer = None
         frozen = getattr(self, "frozen", None)
-        if frozen is not None and frozen.rearmed and self.files.buffer.exists():
+        forgotten = frozen is not None and frozen.rearmed
+        in_buffer = frozen is not None and not frozen.spilled_pages
+        if forgotten and in_buffer:
             self.files.buffer.rename(self.unmerged)
         self.files.buffer.unlink(missing_ok=True)
         self.files.raw_state.unlink(missing_ok=True)
@@ -299,7 +301,7 @@ class Capture(Verb):
         for index, name in enumerate(self.next_overlays):
             if name not in self.record.overlays[index]:
                 (self.directory / name).unlink(missing_ok=True)
-        if not self._marked_by_another():
+        if not self._marked_by_another() and (in_buffer or not forgotten):
             self.mark.unlink(missing_ok=True)
 
     def _marked_by_another(self) -> bool:
@@ -310,7 +312,7 @@ class Capture(Verb):
     def answer(self) -> CaptureAnswer:
         """What the verb says it did."""
         assert self.snapshot is not None
-        disks = [Path(p) for p in self.files.directory.glob("disk*.qcow2")]
+        disks = list(self.files.directory.glob("disk*.qcow2"))
         return CaptureAnswer(
             sandbox=self.sandbox, snapshot=self.snapshot, durability=self.request.durability,
             frozen_ms=round(self.frozen.frozen_ms, 3), dirty_pages=self.frozen.page_count,
@@ -321,5 +323,5 @@ class Capture(Verb):
 
 
 def new_overlay_name(index: int) -> str:
-    """A file name for an overlay; its middle part names the VMM's block node too."""
-    return f"disk{index}.{(time.time_ns() & 0xFFFFFFFF) ^ int.from_bytes(os.urandom(3)):08x}.qcow2"
+    """A file name for an overlay; its middle part names the VMM's block node and descriptor set."""
+    return f"disk{index}.{secrets.randbits(28):07x}.qcow2"

@@ -115,10 +115,12 @@ def _drop_capture(
 
 
 def _sealed(files: CaptureFiles) -> bool:
+    """Whether the buffer is whole by itself; what spilled went with the capture."""
     try:
-        return _core.capture_info(str(files.buffer)).sealed
+        info = _core.capture_info(str(files.buffer))
     except DiapauseError:
         return False
+    return info.sealed and info.captured_pages <= info.capacity
 
 
 def _adopt_overlays(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:

@@ -13,6 +13,7 @@ A start that fails leaves no process and no file; the row goes back to where it 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from diapause.catalog import Process
@@ -29,8 +30,6 @@ from diapause.store.files import fsync_path, remove_tree
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-    from pathlib import Path
-
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.driver.qemu.machine import QemuMachine
     from diapause.sandbox.host import Host
@@ -130,9 +129,7 @@ class Start(Verb):
         assert self.guest.machine is not None
         if not warm or not self.guest.machine.alive():
             raise error
-        self.notes.append(
-            f"{error.message} Clock, entropy and identity are as they were captured."
-        )
+        self.notes.append(f"{error.message} Clock, entropy and identity are as they were captured.")
 
     def do_publish(self) -> None:
         """The row: running."""
@@ -188,7 +185,7 @@ def console_tail(path: Path, lines: int = 5) -> str:
 
 def host_tsc_khz() -> int:
     """The host's clock rate: any plausible value steadies a guest's early boot."""
-    with open("/proc/cpuinfo") as info:
+    with Path("/proc/cpuinfo").open() as info:
         for line in info:
             if line.startswith("cpu MHz"):
                 return int(float(line.split(":")[1]) * 1000)

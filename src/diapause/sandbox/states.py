@@ -36,7 +36,11 @@ def wrong_state(record: SandboxRecord, verb: str, needed: str) -> WrongState:
         id=record.name or record.id, reason=record.reason, snapshot=record.snapshot
     )
     return WrongState(
-        sandbox=record.name or record.id, state=record.state, verb=verb, needed=needed, advice=advice
+        sandbox=record.name or record.id,
+        state=record.state,
+        verb=verb,
+        needed=needed,
+        advice=advice,
     )
 
 

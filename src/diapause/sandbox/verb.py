@@ -1,8 +1,8 @@
 """A verb: a list of named steps, each journaled before it is taken.
 
 A subclass names its steps in order and has a method `do_STEP` for each. When one fails, `undo` puts
-back what the steps before it did, and the operation is closed with the error's code. A daemon that is
-killed leaves the operation open; recovery reads its last step and asks the world what happened.
+back what the steps before it did, and the operation is closed with the error's code. A daemon that
+is killed leaves the operation open; recovery reads its last step and asks the world what happened.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class CaptureFiles:
         if device == "memory":
             return [Layer(self._id(device, 0), self._memory())]
         size = next(d.size_bytes for d in record.devices if d.name == device)
-        found = []
+        found: list[Layer] = []
         while (overlay := self.overlay(device, len(found))).exists():
             layer = Layer(self._id(device, len(found)), self._disk(overlay, size))
             found.append(layer)

@@ -174,7 +174,9 @@ class FlatStore:
     def _remember(self, record: SnapshotRecord, place: Path) -> None:
         files = {d.name: Seen.of(place / d.name) for d in record.devices}
         found = {blob: Seen.of(blob) for blob in blobs_of(self._home, record)}
-        blobs = {str(blob.relative_to(self._home.root)): seen for blob, seen in found.items() if seen}
+        blobs = {
+            str(blob.relative_to(self._home.root)): seen for blob, seen in found.items() if seen
+        }
         data = msgspec.json.encode(_Record({n: s for n, s in files.items() if s}, blobs))
         write_file(place / "flat.json", data, sync=False)
 

@@ -56,7 +56,11 @@ class Packer:
             with Headers(self._home, self._catalog, self._templates, self._leases) as headers:
                 devices = [self._device(headers, record, d, fresh) for d in record.devices]
             packed = msgspec.structs.replace(
-                record, state="packed", durability=_at_least_disk(record), devices=devices, error=None
+                record,
+                state="packed",
+                durability=_at_least_disk(record),
+                devices=devices,
+                error=None,
             )
             state = CaptureFiles(self._home, record.id).state.read_bytes()
             write_file(fresh / "device-state", state, sync=True)

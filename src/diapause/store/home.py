@@ -1,18 +1,18 @@
 """Where everything of one home lies: the only module that knows a path inside it.
 
-    HOME/                     0700
-      catalog.sqlite3         rows and the journal
-      serve.lock serve.log    one daemon a home; the lock is its flock
-      images/NAME/            manifest.json kernel initrd, read-only once built
-      builds/ID               packed pages, named by their digest
-      snapshots/ID/           manifest.json, device-state, one DEVICE.header each
-      captures/ID/            pages of a snapshot that is not packed yet; gone afterwards
-      flat/ID/                a snapshot's devices as plain sparse files, until a pager exists
-      sandboxes/ID/           console.log vmm.log, running overlays, capture marks
-      templates/              empty overlays, empty memory files: made once, then only read
-      tmp/                    whatever is being written; renamed into place when whole
-    SOCKETS/                  HOME/run, or a short directory where that path is too long
-    BUFFERS/                  on tmpfs: capture buffers, which outlive the daemon and not the host
+HOME/                     0700
+  catalog.sqlite3         rows and the journal
+  serve.lock serve.log    one daemon a home; the lock is its flock
+  images/NAME/            manifest.json kernel initrd, read-only once built
+  builds/ID               packed pages, named by their digest
+  snapshots/ID/           manifest.json, device-state, one DEVICE.header each
+  captures/ID/            pages of a snapshot that is not packed yet; gone afterwards
+  flat/ID/                a snapshot's devices as plain sparse files, until a pager exists
+  sandboxes/ID/           console.log vmm.log, running overlays, capture marks
+  templates/              empty overlays, empty memory files: made once, then only read
+  tmp/                    whatever is being written; renamed into place when whole
+SOCKETS/                  HOME/run, or a short directory where that path is too long
+BUFFERS/                  on tmpfs: capture buffers, which outlive the daemon and not the host
 """
 
 from __future__ import annotations

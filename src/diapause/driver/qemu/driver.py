@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.driver.base import Shape, StartPlan, VmmIdentity
@@ -18,8 +19,6 @@ from diapause.errors import SnapshotIncompatible, VmmFailed, VmmMissing, VmmTooO
 from diapause.limits import SUBPROCESS_S
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from diapause.driver.base import ProcessRef
     from diapause.store.home import Home
 
@@ -53,7 +52,7 @@ class QemuDriver:
     def ask(self, *arguments: str) -> str:
         """The output of QEMU with these arguments, cached until its file changes."""
         path = self.program()
-        return _ask(path, os.stat(path).st_mtime_ns, *arguments)
+        return _ask(path, Path(path).stat().st_mtime_ns, *arguments)
 
     def version(self) -> str:
         """QEMU's version; refuses one that is too old."""
@@ -62,9 +61,7 @@ class QemuDriver:
             raise VmmMissing(program=command.PROGRAM, package=command.PACKAGE)
         if (int(match[1]), int(match[2])) < VERSION_MIN:
             needed = ".".join(map(str, VERSION_MIN))
-            raise VmmTooOld(
-                program="QEMU", found=match[0], needed=needed, package=command.PACKAGE
-            )
+            raise VmmTooOld(program="QEMU", found=match[0], needed=needed, package=command.PACKAGE)
         return ".".join(match.groups())
 
     def machines(self) -> list[str]:

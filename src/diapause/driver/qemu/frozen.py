@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diapause.driver.base import FreezePlan, Frozen
@@ -67,7 +68,9 @@ def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
         nodes = _hand_over(machine, plan)
     except (DiapauseError, QmpError, OSError) as error:
         _take_back(machine)
-        raise FrozenSectionFailed(section.frozen, _failure(machine, section, error), True) from error
+        raise FrozenSectionFailed(
+            section.frozen, _failure(machine, section, error), True
+        ) from error
     began = time.perf_counter()
     try:
         _capture(machine, plan, nodes, section)
@@ -90,9 +93,7 @@ def _capture(
     frozen = section.frozen
     section.take("stop", machine.stop)
     for node, overlay in nodes:
-        section.take(
-            "switch", lambda n=node, o=overlay: machine.command("blockdev-snapshot", node=n, overlay=o)
-        )
+        section.take("switch", partial(_switch, machine, node, overlay))
         frozen.switched = True
     section.take("state", lambda: _save_state(machine))
     filled = section.take(
@@ -104,6 +105,10 @@ def _capture(
     if plan.goes_on and machine.tracked:
         section.take("rearm", machine.ram.rearm)
         frozen.rearmed = True
+
+
+def _switch(machine: QemuMachine, node: str, overlay: str) -> None:
+    machine.command("blockdev-snapshot", node=node, overlay=overlay)
 
 
 def _save_state(machine: QemuMachine) -> None:

@@ -1,8 +1,8 @@
 """One QEMU process with one guest: commands to it, and its end.
 
 The process belongs to nobody's lifetime but its own: it is spawned into its own session and found
-again by (pid, start time, boot). Its monitor takes one client at a time; this object is that client,
-and connects again after a call that failed in the middle.
+again by (pid, start time, boot). Its monitor takes one client at a time; this object is that
+client, and connects again after a call that failed in the middle.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class QemuMachine:
         """Guest RAM, found once in the process."""
         if self._ram is None:
             try:
-                self._ram = GuestRam(
-                    self.process.pid, str(self._memory), self.shape.memory_bytes
-                )
+                self._ram = GuestRam(self.process.pid, str(self._memory), self.shape.memory_bytes)
             except OSError as error:
                 raise VmmFailed(
                     sandbox=self.sandbox, step="find guest RAM", cause=str(error)
@@ -119,9 +117,7 @@ class QemuMachine:
         try:
             return self.command(name, fd=fd, **arguments)
         except QmpError as error:
-            raise VmmFailed(
-                sandbox=self.sandbox, step=name, cause=error.description
-            ) from error
+            raise VmmFailed(sandbox=self.sandbox, step=name, cause=error.description) from error
 
     def _disconnect(self) -> None:
         if self._qmp is not None:

@@ -63,7 +63,9 @@ class Qmp:
             if "return" in reply:
                 return reply["return"]
 
-    def _send(self, command: str, arguments: dict[str, Any], fd: int | None, bound_s: float) -> None:
+    def _send(
+        self, command: str, arguments: dict[str, Any], fd: int | None, bound_s: float
+    ) -> None:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         line = json.dumps({"execute": command, "arguments": named}).encode() + b"\n"
         try:

@@ -18,6 +18,8 @@ CONFIGURATION_SECTION = b"\x07"
 def finish_state(sandbox: str, raw: bytes, machine: str) -> bytes:
     """The loadable stream for this machine type; refuses what is no device state."""
     if not raw.startswith(HEAD) or not len(HEAD) < len(raw) <= DEVICE_STATE_BYTES_MAX:
-        raise VmmFailed(sandbox=sandbox, step="state", cause=f"{len(raw)} bytes are no device state")
+        raise VmmFailed(
+            sandbox=sandbox, step="state", cause=f"{len(raw)} bytes are no device state"
+        )
     name = machine.encode()
     return HEAD + CONFIGURATION_SECTION + struct.pack(">I", len(name)) + name + raw[len(HEAD) :]
