@@ -30,6 +30,7 @@ from diapause.store.files import fsync_path, remove_tree
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.driver.qemu.machine import QemuMachine
     from diapause.sandbox.host import Host

@@ -142,7 +142,11 @@ class QemuDriver:
         return machine
 
     def _environment(self, fds: command.Descriptors) -> dict[str, str]:
-        environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C"}
+        environment = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LC_ALL": "C",
+            "DIAPAUSE_HOME": str(self._home.root),  # for whoever finds the process
+        }
         if self._tracker is not None:
             environment["LD_PRELOAD"] = str(self._tracker)
             environment["DIAPAUSE_MEMORY_PATH"] = command.memory_path(fds)
