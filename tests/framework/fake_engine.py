@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diapause import model
-from diapause.daemon.exec_wire import ExecRequest
 from diapause.errors import (
     AmbiguousReference,
     ExecCut,
@@ -26,6 +25,7 @@ from diapause.errors import (
     SnapshotNotFound,
     WrongState,
 )
+from diapause.guest.session import ExecRequest
 from diapause.store.home import Home
 
 PATTERN = bytes(range(256)) * 256  # 64 KiB
@@ -50,9 +50,9 @@ class Ended:
 class FakeSession:
     """A command: output in a queue of eight pieces, so that nothing is ahead of its reader."""
 
-    def __init__(self, request: ExecRequest) -> None:
+    def __init__(self, request: ExecRequest, abandoned: Path) -> None:
         self.request = request
-        self.abandoned = False
+        self._abandoned = abandoned
         self._input: asyncio.Queue[bytes] = asyncio.Queue(2)
         self._output: asyncio.Queue[Output | Ended | Exception | None] = asyncio.Queue(8)
         self._signals: asyncio.Queue[int] = asyncio.Queue()
@@ -72,7 +72,7 @@ class FakeSession:
         await self._sizes.put((rows, cols))
 
     def abandon(self) -> None:
-        self.abandoned = True
+        self._abandoned.touch()
         self._program.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Output | Ended]:
@@ -141,7 +141,7 @@ class FakeSession:
         await self._say(f"{rows}x{cols}\n".encode())
         await self._end(0)
 
-    async def _do_show(self) -> None:
+    async def _do_show(self, *_words: str) -> None:
         env = ",".join(f"{k}={v}" for k, v in sorted(self.request.env.items()))
         await self._say(f"{self.request.cwd} {env} {self.request.argv[1:]}\n".encode())
         await self._end(0)
@@ -157,7 +157,6 @@ class FakeEngine:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.closed = False
-        self.sessions: list[FakeSession] = []
         self._lock = threading.Lock()
         self._made = 0
         self._rows: dict[str, model.SandboxRow] = {}
@@ -283,9 +282,7 @@ class FakeEngine:
                 sandbox=row.sandbox, state=row.state, verb="exec", needed="running",
                 advice=f"`diapause resume {row.sandbox}` first.",
             )  # fmt: skip
-        session = FakeSession(request)
-        self.sessions.append(session)
-        return session
+        return FakeSession(request, self.home.root / "abandoned")
 
     def _stall(self) -> None:
         """Hold a verb while the file `stall` is there; `stalled` says that it is held."""
@@ -296,6 +293,8 @@ class FakeEngine:
             time.sleep(0.01)
 
     def _find(self, reference: str) -> model.SandboxRow:
+        if reference == "defect":
+            raise ValueError("a defect")
         rows = list(self._rows.values())
         for row in rows:
             if reference in (row.sandbox, row.name):

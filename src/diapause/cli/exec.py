@@ -59,8 +59,7 @@ def exec_(
         argv=words, cwd=workdir, env=environment, tty=tty, rows=rows, cols=cols, stdin=interactive
     )
     try:
-        with context.client().connect() as connected:
-            return ExecClient(connected, sandbox, request).run()
+        return ExecClient(context.client(), sandbox, request).run()
     except DiapauseError as error:
         error_text(error)
         return ExecCut.exit_code

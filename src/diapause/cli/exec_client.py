@@ -20,12 +20,13 @@ import msgspec
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
+from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from diapause import limits
 from diapause.cli.stream_writer import StreamWriter
 from diapause.cli.terminal import raw_terminal, size_of_terminal
-from diapause.daemon.client import segment
+from diapause.daemon.client import Client, segment
 from diapause.daemon.exec_wire import (
     STDERR,
     STDIN,
@@ -35,7 +36,7 @@ from diapause.daemon.exec_wire import (
     ExecRequest,
     Report,
 )
-from diapause.errors import ExecCut, from_dict
+from diapause.errors import DiapauseError, ExecCut, from_dict
 from diapause.units import KIB
 
 _READ_BYTES = 256 * KIB
@@ -46,13 +47,9 @@ _WATCHED = select.POLLIN | select.POLLHUP | select.POLLERR
 class ExecClient:
     """One command, from its request to its exit code."""
 
-    def __init__(self, connected: socket.socket, sandbox: str, request: ExecRequest) -> None:
-        self._socket = connected
+    def __init__(self, client: Client, sandbox: str, request: ExecRequest) -> None:
         self._request = request
-        path = f"/v1/sandboxes/{segment(sandbox)}/exec"
-        self._protocol = ClientProtocol(
-            parse_uri(f"ws://diapause{path}"), max_size=limits.REQUEST_BODY_BYTES_MAX
-        )
+        self._uri = parse_uri(f"ws://diapause/v1/sandboxes/{segment(sandbox)}/exec")
         self._outgoing = bytearray()
         self._credit = STDIN_WINDOW_BYTES
         self._stdin_open = request.stdin
@@ -65,38 +62,53 @@ class ExecClient:
             STDERR: StreamWriter(2, self._wake),
         }
         self._exit: int | None = None
+        self._socket = client.begin(self._shake_hands)
 
     def run(self) -> int:
         """Run the command; its exit code. Raises ExecCut, or why it never began."""
-        self._shake_hands()
+        with self._socket:
+            return self._run()
+
+    def _run(self) -> int:
         self._send_text(self._request)
         with raw_terminal(self._request.tty and self._request.stdin):
-            with self._signal_handlers():
-                while self._exit is None:
-                    self._turn()
-            # From here on a signal ends this program: the command is over already.
-            for writer in self._writers.values():
-                writer.finish()
+            try:
+                with self._signal_handlers():
+                    while self._exit is None:
+                        self._turn()
+            except DiapauseError:
+                self._finish_writing()
+                raise
+            self._finish_writing()
             self._look_at_writers()
         return self._exit
 
+    def _finish_writing(self) -> None:
+        """Write what had come, however the stream ended; a signal ends this program now."""
+        for writer in self._writers.values():
+            writer.finish()
+
     # The handshake.
 
-    def _shake_hands(self) -> None:
+    def _shake_hands(self, connected: socket.socket) -> socket.socket:
+        self._protocol = ClientProtocol(self._uri, max_size=limits.REQUEST_BODY_BYTES_MAX)
         self._protocol.send_request(self._protocol.connect())
-        self._socket.sendall(b"".join(self._protocol.data_to_send()))
+        connected.sendall(b"".join(self._protocol.data_to_send()))
         while True:
             try:
-                self._protocol.receive_data(self._socket.recv(_READ_BYTES))
-            except (OSError, EOFError) as error:
-                raise ExecCut(cause=f"the daemon did not answer: {error}") from error
+                data = connected.recv(_READ_BYTES)
+            except TimeoutError as error:
+                raise ExecCut(cause="the daemon does not answer") from error
+            if not data:
+                raise ExecCut(cause="the daemon went away before the command began")
+            self._protocol.receive_data(data)
             events = self._protocol.events_received()
             if self._protocol.handshake_exc is not None:
                 raise ExecCut(cause=f"the daemon refused: {self._protocol.handshake_exc}")
             if events:
                 assert isinstance(events[0], Response)
-                self._socket.setblocking(False)
-                return
+                connected.setblocking(False)
+                return connected
 
     # One turn of the loop.
 
@@ -108,7 +120,7 @@ class ExecClient:
         self._look_at_writers()
         if ready.get(self._socket.fileno(), 0) & _WATCHED:
             self._receive()
-        if 0 in ready:
+        if 0 in ready and self._is_open:
             self._read_stdin()
         self._send()
 
@@ -126,6 +138,11 @@ class ExecClient:
         # Nothing to time out on: a command may be silent for as long as it likes, and whatever
         # ends the stream (the daemon's death too) is an event.
         return poll.poll()
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the daemon still listens: not once it has said its last word."""
+        return self._protocol.state is State.OPEN
 
     def _receive(self) -> None:
         try:
@@ -200,9 +217,9 @@ class ExecClient:
             del self._outgoing[:sent]
 
     def _send_text(self, message: ExecRequest | Control) -> None:
-        encoded = msgspec.json.encode(message)
-        self._protocol.send_text(encoded)
-        self._outgoing += b"".join(self._protocol.data_to_send())
+        if self._is_open:
+            self._protocol.send_text(msgspec.json.encode(message))
+            self._outgoing += b"".join(self._protocol.data_to_send())
 
     # Signals and writers.
 

@@ -63,6 +63,7 @@ def cli(context: click.Context, home: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None, command: DaemonCommand = daemon_command) -> int:
     """Run one verb; the exit code."""
+    _hold_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     context = Context(Home.at(), json="--json" in _before_command(words), command=command)
     try:
@@ -73,11 +74,25 @@ def main(arguments: Sequence[str] | None = None, command: DaemonCommand = daemon
         return READER_GONE
 
 
+def _hold_standard_streams() -> None:
+    """A closed standard stream stays unusable, but its number is not given to a file of ours."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken: this one.
+            os.open(os.devnull, os.O_RDONLY)
+
+
 def _run(words: list[str], context: Context) -> int:
     try:
-        code = cli.main(words, prog_name="diapause", standalone_mode=False, obj=context)
+        # Not `cli.main`, which turns a reader that left into exit 1 by itself.
+        with cli.make_context("diapause", words, obj=context) as made:
+            code = cli.invoke(made)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
     except click.UsageError as error:
         error.show()
         _document(context, InvalidRequest(what="the command line", cause=error.format_message()))

@@ -36,7 +36,7 @@ _FLAG = {"true": True, "1": True, "false": False, "0": False}
 
 def application(state: State) -> Starlette:
     """The application over one daemon's state."""
-    return Starlette(
+    made = Starlette(
         routes=_http_routes(state),
         exception_handlers={
             DiapauseError: _failed,
@@ -44,6 +44,9 @@ def application(state: State) -> Starlette:
             Exception: _broke,
         },
     )
+    # A path with a slash too many is another path, as the document says.
+    made.router.redirect_slashes = False
+    return made
 
 
 def _http_routes(state: State) -> list[BaseRoute]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import http.client
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 VERB_S = limits.PACK_S + limits.LOCK_S
 ANSWER_BYTES_MAX = 256 * MIB
 _READ_BYTES = 64 * KIB
+_RETRY_S = 0.02
 
 
 class _Connection(http.client.HTTPConnection):
@@ -46,9 +48,27 @@ class Client:
         self.home = home
         self._command = command
 
-    def connect(self) -> socket.socket:
-        """A connection to the daemon, which is started if there is none."""
-        return connect(self.home, self._command)
+    def begin(self, attempt: Callable[[socket.socket], T]) -> T:
+        """What `attempt` makes of a connection to the daemon, which is started if there is none.
+
+        An attempt that fails with a reset or a broken pipe is made again: the kernel reports those,
+        and not an end of file, where the daemon died without having read all that was sent, so
+        nothing was begun.
+        """
+        deadline = time.monotonic() + limits.DAEMON_START_S
+        while True:
+            connected = connect(self.home, self._command)
+            try:
+                return attempt(connected)
+            except (ConnectionResetError, BrokenPipeError) as error:
+                connected.close()
+                ended = isinstance(error, http.client.RemoteDisconnected)
+                if ended or time.monotonic() > deadline:
+                    raise _gone(self.home, error) from error
+            except BaseException:
+                connected.close()
+                raise
+            time.sleep(_RETRY_S)
 
     def doctor(self) -> model.DoctorAnswer:
         """Prove what this host can do."""
@@ -107,10 +127,8 @@ class Client:
     def logs(self, reference: str, follow: bool = False) -> Iterator[bytes]:
         """The guest's console; with `follow` on and on, until the caller stops."""
         path = f"{_sandbox(reference, '/logs')}?follow={str(follow).lower()}"
-        with self.connect() as connected:
-            # Following waits as long as the guest is quiet: the daemon's death ends it.
-            connected.settimeout(None if follow else VERB_S)
-            response = self._response(connected, "GET", path, None)
+        # Following waits as long as the guest is quiet: the daemon's death ends it.
+        with self._request("GET", path, None, None if follow else VERB_S) as response:
             if response.status != http.client.OK:
                 raise _failure(self.home, response.read(ANSWER_BYTES_MAX))
             try:
@@ -122,10 +140,8 @@ class Client:
     def _call(
         self, method: str, path: str, answer: type[T], body: msgspec.Struct | None = None
     ) -> T:
-        with self.connect() as connected:
-            connected.settimeout(VERB_S)
-            encoded = None if body is None else msgspec.json.encode(body)
-            response = self._response(connected, method, path, encoded)
+        encoded = None if body is None else msgspec.json.encode(body)
+        with self._request(method, path, encoded, VERB_S) as response:
             try:
                 raw = response.read(ANSWER_BYTES_MAX)
             except (OSError, http.client.HTTPException) as error:
@@ -137,16 +153,21 @@ class Client:
         except msgspec.DecodeError as error:
             raise DaemonUnreachable(home=self.home.root, cause=f"its answer: {error}") from error
 
-    def _response(
-        self, connected: socket.socket, method: str, path: str, body: bytes | None
+    def _request(
+        self, method: str, path: str, body: bytes | None, bound_s: float | None
     ) -> http.client.HTTPResponse:
-        connection = _Connection(connected)
         headers = {"Connection": "close"}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        try:
+
+        def attempt(connected: socket.socket) -> http.client.HTTPResponse:
+            connected.settimeout(bound_s)
+            connection = _Connection(connected)
             connection.request(method, path, body, headers)
             return connection.getresponse()
+
+        try:
+            return self.begin(attempt)
         except (OSError, http.client.HTTPException) as error:
             raise _gone(self.home, error) from error
 

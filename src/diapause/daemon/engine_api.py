@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from diapause.daemon.exec_wire import ExecRequest
+from diapause.guest.session import ExecRequest
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,

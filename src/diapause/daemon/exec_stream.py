@@ -9,8 +9,10 @@ and a stream that ends before the command did leaves the session abandoned, neve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -21,12 +23,14 @@ from diapause.daemon.engine_api import Session
 from diapause.daemon.exec_wire import (
     STDIN,
     STDIN_WINDOW_BYTES,
+    Control,
     Report,
     decode_control,
     decode_request,
 )
 from diapause.daemon.state import State
 from diapause.errors import DiapauseError, ExecCut, InvalidRequest
+from diapause.guest import session as guest
 
 log = logging.getLogger("diapause.daemon")
 
@@ -70,7 +74,8 @@ async def _run(state: State, socket: WebSocket) -> Report:
         raise InvalidRequest(what="the exec stream", cause="its first message is not a request")
     request = decode_request(message)
     engine = await state.engine()
-    session = await engine.exec(str(socket.path_params["ref"]), request)
+    wanted = msgspec.convert(request, guest.ExecRequest, from_attributes=True)
+    session = await engine.exec(str(socket.path_params["ref"]), wanted)
     try:
         return await _pump(socket, session)
     except BaseException:
@@ -155,22 +160,31 @@ async def _read_client(socket: WebSocket, session: Session, queue: _Input) -> No
         await queue.put(message[1:])
 
 
-async def _obey(control: Any, session: Session) -> None:
-    if control.signal is not None:
-        await session.signal(control.signal)
-    if control.resize is not None:
-        await session.resize(*control.resize)
+async def _obey(control: Control, session: Session) -> None:
+    with _output_tells():
+        if control.signal is not None:
+            await session.signal(control.signal)
+        if control.resize is not None:
+            await session.resize(*control.resize)
 
 
 async def _feed_stdin(socket: WebSocket, session: Session, queue: _Input) -> None:
     credit = 0
-    while data := await queue.get():
-        await session.write(data)
-        credit += len(data)
-        if credit >= CREDIT_STEP_BYTES:
-            await _report(socket, Report(credit=credit))
-            credit = 0
-    await session.end_input()
+    with _output_tells():
+        while data := await queue.get():
+            await session.write(data)
+            credit += len(data)
+            if credit >= CREDIT_STEP_BYTES:
+                await _report(socket, Report(credit=credit))
+                credit = 0
+        await session.end_input()
+
+
+@contextlib.contextmanager
+def _output_tells() -> Iterator[None]:
+    """A session that was cut says so when its output is read, after all that had come before."""
+    with contextlib.suppress(ExecCut):
+        yield
 
 
 async def _receive(socket: WebSocket) -> str | bytes:
