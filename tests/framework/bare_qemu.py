@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diapause.guest.images import Image
+from diapause.guest.initramfs import Initramfs
 from diapause.units import GIB, MIB
 
 MEMORY_BYTES = 512 * MIB
@@ -55,10 +56,20 @@ class BareQemu:
 
 @contextlib.contextmanager
 def boot(
-    image: Image, directory: Path, *, disk: bool = True, port: bool = True
+    image: Image,
+    directory: Path,
+    *,
+    disk: bool = True,
+    port: bool = True,
+    instead_of_agent: str | None = None,
 ) -> Iterator[BareQemu]:
-    """Boot an image with the machine of the driver, and end it whatever happens."""
-    command = _machine(directory) + _boot(image, directory)
+    """Boot an image with the machine of the driver, and end it whatever happens.
+
+    A script `instead_of_agent` runs in the place of the agent, on the console.
+    """
+    initrd = directory / "initrd"
+    initrd.write_bytes(image.initrd.read_bytes() + _overlay(instead_of_agent))
+    command = _machine(directory) + _boot(image, initrd, directory)
     if disk:
         command += _disk(directory / "disk.raw")
     if port:
@@ -97,9 +108,19 @@ def _machine(directory: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _boot(image: Image, directory: Path) -> list[str]:
+def _overlay(script: str | None) -> bytes:
+    """Archives may follow one another, and a later file replaces an earlier one."""
+    if script is None:
+        return b""
+    archive = Initramfs()
+    archive.directory("etc")
+    archive.file("etc/agent", f"#!/bin/sh\n{script}\nsleep 1000\n".encode(), 0o755)
+    return archive.compressed()
+
+
+def _boot(image: Image, initrd: Path, directory: Path) -> list[str]:
     return [
-        "-kernel", str(image.kernel), "-initrd", str(image.initrd),
+        "-kernel", str(image.kernel), "-initrd", str(initrd),
         "-append", f"{image.manifest.command_line} tsc_early_khz={_tsc_khz()}",
         "-chardev", f"file,id=console,path={directory}/console", "-serial", "chardev:console",
     ]  # fmt: skip

@@ -31,6 +31,47 @@ def test_it_boots_without_a_disk_and_without_a_port(tiny_image: Image, tmp_path:
         machine.wait_console(READY)
 
 
+def test_the_guest_has_what_commands_expect(tiny_image: Image, tmp_path: Path) -> None:
+    """File systems, terminals, names, tools; printed by the guest itself."""
+    script = """
+    PATH=/bin:/sbin
+    for tool in sh dd sha256sum od sync stty mount tar poweroff; do
+      command -v "$tool" >/dev/null || echo "no $tool"
+    done
+    [ -c /dev/ptmx ] && [ -L /dev/fd ] || echo "no terminals"
+    [ "$(hostname)" = tiny ] || echo "no name"
+    : >/etc/machine-id && : >/tmp/file && : >/data/file || echo "no writing"
+    ip address show lo | grep -q 127.0.0.1 || echo "no loopback"
+    cat /sys/class/misc/hw_random/rng_current
+    while read -r device place kind options; do echo "$place $kind $options"; done </proc/mounts
+    echo the end
+    """
+    with bare_qemu.boot(tiny_image, tmp_path, instead_of_agent=script) as machine:
+        machine.wait_console("the end")
+        shown = machine.read_console()
+    assert "no " not in shown.replace("no suid", ""), shown
+    assert "virtio_rng" in shown
+    mounts = {line.split()[0]: line for line in shown.splitlines() if line.startswith("/")}
+    assert {"/proc", "/sys", "/dev/pts", "/run", "/dev/shm"} <= mounts.keys()
+    assert mounts["/data"].split()[1] == "ext4"
+    # Nine tenths of what the kernel leaves of the 512 MiB.
+    size_kib = int(mounts["/tmp"].split("size=")[1].split("k")[0])
+    assert 0.75 < size_kib * 1024 / bare_qemu.MEMORY_BYTES < 0.9
+
+
+def test_a_guest_that_powers_off_says_so(tiny_image: Image, tmp_path: Path) -> None:
+    """The VMM ends with the guest's own wish as the reason."""
+    with bare_qemu.boot(tiny_image, tmp_path, instead_of_agent="poweroff") as machine:
+        assert machine.wait_event("SHUTDOWN") == {"guest": True, "reason": "guest-shutdown"}
+
+
+def test_a_guest_that_panics_says_so(tiny_image: Image, tmp_path: Path) -> None:
+    """The panic device's driver is in the image."""
+    script = "echo c >/proc/sysrq-trigger"
+    with bare_qemu.boot(tiny_image, tmp_path, instead_of_agent=script) as machine:
+        machine.wait_event("GUEST_PANICKED")
+
+
 def test_an_image_that_exists_stays_as_it_is(tiny_home: Home) -> None:
     """A second build says so and changes nothing."""
     before = find_image(tiny_home, "tiny")
