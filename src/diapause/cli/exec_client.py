@@ -8,13 +8,11 @@ there is credit and the last piece is sent, the socket only while both writers h
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
 
 import msgspec
 from websockets.client import ClientProtocol
@@ -26,6 +24,7 @@ from websockets.uri import parse_uri
 from diapause import limits
 from diapause.cli.stream_writer import StreamWriter
 from diapause.cli.terminal import raw_terminal, size_of_terminal
+from diapause.cli.wakeups import Wakeups
 from diapause.daemon.client import Client, segment
 from diapause.daemon.exec_wire import (
     STDERR,
@@ -53,13 +52,10 @@ class ExecClient:
         self._outgoing = bytearray()
         self._credit = STDIN_WINDOW_BYTES
         self._stdin_open = request.stdin
-        self._signals: list[int] = []
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        self._wakeups = Wakeups()
         self._writers = {
-            STDOUT: StreamWriter(1, self._wake),
-            STDERR: StreamWriter(2, self._wake),
+            STDOUT: StreamWriter(1, self._wakeups.wake),
+            STDERR: StreamWriter(2, self._wakeups.wake),
         }
         self._exit: int | None = None
         self._socket = client.begin(self._shake_hands)
@@ -73,7 +69,7 @@ class ExecClient:
         self._send_text(self._request)
         with raw_terminal(self._request.tty and self._request.stdin):
             try:
-                with self._signal_handlers():
+                with self._wakeups.handling(self._signals):
                     while self._exit is None:
                         self._turn()
             except DiapauseError:
@@ -114,8 +110,8 @@ class ExecClient:
 
     def _turn(self) -> None:
         ready = dict(self._poll())
-        if self._wake_read in ready:
-            self._drain_wake()
+        if self._wakeups.readable in ready:
+            self._wakeups.drain()
         self._pass_signals_on()
         self._look_at_writers()
         if ready.get(self._socket.fileno(), 0) & _WATCHED:
@@ -126,7 +122,7 @@ class ExecClient:
 
     def _poll(self) -> list[tuple[int, int]]:
         poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
+        poll.register(self._wakeups.readable, select.POLLIN)
         interest = select.POLLOUT if self._outgoing else 0
         if all(writer.has_room for writer in self._writers.values()):
             interest |= select.POLLIN
@@ -223,19 +219,12 @@ class ExecClient:
 
     # Signals and writers.
 
-    def _wake(self) -> None:
-        # A full pipe wakes as well as one more byte in it would.
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
-
-    def _drain_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_read, 4 * KIB):
-                pass
+    @property
+    def _signals(self) -> list[int]:
+        return [*_FORWARDED, *([signal.SIGWINCH] if self._request.tty else [])]
 
     def _pass_signals_on(self) -> None:
-        while self._signals:
-            number = self._signals.pop(0)
+        for number in self._wakeups.take_signals():
             if number == signal.SIGWINCH:
                 self._send_text(Control(resize=size_of_terminal()))
             elif self._request.tty:
@@ -252,18 +241,3 @@ class ExecClient:
                 self._send_text(Control(signal=signal.SIGPIPE))
             elif failure is not None:
                 raise ExecCut(cause=f"writing its output: {failure.strerror}") from failure
-
-    def _note_signal(self, number: int, _frame: object) -> None:
-        self._signals.append(number)
-
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> Iterator[None]:
-        numbers = [*_FORWARDED, *([signal.SIGWINCH] if self._request.tty else [])]
-        before = {number: signal.signal(number, self._note_signal) for number in numbers}
-        wakeup = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
