@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_BUILT = {".git", ".venv", ".cache", "target", "native", "results", "__pycache__"}
+_BUILT = {".git", ".venv", ".cache", "target", "native", "results", "golden", "__pycache__"}
 _FOLDERS = (".ci", "benchmarks", "docs", "rust", "src", "tests", "tools")
-_TEXT = {".py", ".pyi", ".rs", ".sh", ".md", ".toml", ".txt", ".yml", ".json", ".lock", ""}
+_TEXT = {".py", ".pyi", ".rs", ".sh", ".md", ".toml", ".txt", ".yml", ".json", ".lock"}
 _RUST_FUNCTION = re.compile(r"^(\s*)(?:pub(?:\([a-z]+\))? |const |unsafe |extern \"C\" )*fn (\w+)")
 
 
@@ -29,7 +29,7 @@ def texts() -> list[Path]:
     found = [path for path in ROOT.iterdir() if path.is_file()]
     for folder in _FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
-    return sorted(path for path in found if path.suffix in _TEXT and not _is_built(path))
+    return sorted(path for path in found if not _is_built(path) and _is_text(path))
 
 
 def python_files() -> list[Path]:
@@ -76,6 +76,17 @@ def rust_functions(path: Path) -> Iterator[Function]:
         end = next((at for at in range(number, len(lines)) if lines[at] == closing), None)
         if end is not None and not line.rstrip().endswith((";", "}")):
             yield Function(f"{relative(path)}:{match[2]}", end - number + 1)
+
+
+def _is_text(path: Path) -> bool:
+    if path.suffix:
+        return path.suffix in _TEXT
+    # A script, a Makefile, or the input of a fuzzer.
+    try:
+        path.read_text()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_built(path: Path) -> bool:
