@@ -39,6 +39,7 @@ class FalseAgent:
         self._far.setblocking(False)
         self.hellos = 0
         self.incarnation = "one"
+        self.clock_errors_ns: list[int] = []
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     async def _serve(self) -> None:
@@ -56,10 +57,11 @@ class FalseAgent:
             await self.send(unnumbered(protocol.WELCOME, self._welcome(hello)))
 
     def _welcome(self, hello: dict[str, Any]) -> bytes:
+        error_ns = self.clock_errors_ns.pop(0) if self.clock_errors_ns else 0
         answer = {
             "protocol": 1, "nonce": hello["nonce"], "version": "0\x1b[2J", "boot_id": "b",
             "incarnation": self.incarnation, "epoch": 1, "resumed": True, "received": 0,
-            "realtime_ns": hello["realtime_ns"], "monotonic_ns": 0, "pid": 1, "failed": ["x"] * 500,
+            "realtime_ns": hello["realtime_ns"] + error_ns, "monotonic_ns": 0, "pid": 1, "failed": ["x"] * 500,
         }  # fmt: skip
         return json.dumps(answer).encode()
 
@@ -149,6 +151,31 @@ def test_an_agent_that_announces_a_new_self_cuts_the_sessions() -> None:
             await finish(session)
         await link.exec(ExecRequest(argv=["x"]))
         link.close("done")
+        await agent.stop()
+
+    play(scene())
+
+
+def test_a_clock_that_is_off_is_set_again() -> None:
+    async def scene() -> None:
+        agent, link = FalseAgent(), Link("test")
+        agent.clock_errors_ns = [-(10**9), 10**18, 2 * 10**8]
+        welcome = await link.attach(agent.near, identity=None, bound_s=10)
+        assert agent.hellos == 4
+        assert welcome.clock_error_ms <= 100
+        link.close("done")
+        await agent.stop()
+
+    play(scene())
+
+
+def test_a_clock_that_can_not_be_set_is_an_error_and_no_flood() -> None:
+    async def scene() -> None:
+        agent, link = FalseAgent(), Link("test")
+        agent.clock_errors_ns = [10**10] * 1000
+        with pytest.raises(errors.AgentUnreachable):
+            await link.attach(agent.near, identity=None, bound_s=0.5)
+        assert agent.hellos < 10
         await agent.stop()
 
     play(scene())

@@ -23,6 +23,7 @@ _FIRST_REPEAT_S = 1.0
 _REPEAT_FACTOR = 1.5
 _REPEAT_MAX_S = 10.0
 _PROOFS_MAX = 8  # exchanges after which the likeliest clock error decides, not the largest possible
+_HURRIED_MAX = 4  # exchanges that follow each other without a pause
 _NS_PER_MS = 1_000_000
 
 
@@ -48,6 +49,11 @@ class Greeting:
         """What the host has received is another number now: the link began anew."""
         self._received = received
 
+    @property
+    def hurries(self) -> bool:
+        """Whether to repeat at once after an answer that was not good enough."""
+        return self._exchanges <= _HURRIED_MAX
+
     def later(self) -> float:
         """How long to wait before the next HELLO."""
         wait = self._repeat_s
@@ -62,6 +68,7 @@ class Greeting:
             )
         now_ns = time.time_ns()
         self._exchanges += 1
+        self._repeat_s = _FIRST_REPEAT_S
         welcome.failed = protocol.clean_list(welcome.failed)
         welcome.version = protocol.clean_text(welcome.version)
         welcome.boot_id = protocol.clean_text(welcome.boot_id)

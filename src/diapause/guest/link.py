@@ -302,7 +302,8 @@ class Link:
         self._adopt(welcome)
         if not good:
             self._greeting.renew(self._received)
-            self._say_hello()
+            if self._greeting.hurries:
+                self._say_hello()
             return False
         self._greeting = None
         for name in ("greet-bound", "hello"):
