@@ -61,7 +61,8 @@ class FalseAgent:
         answer = {
             "protocol": 1, "nonce": hello["nonce"], "version": "0\x1b[2J", "boot_id": "b",
             "incarnation": self.incarnation, "epoch": 1, "resumed": True, "received": 0,
-            "realtime_ns": hello["realtime_ns"] + error_ns, "monotonic_ns": 0, "pid": 1, "failed": ["x"] * 500,
+            "realtime_ns": hello["realtime_ns"] + error_ns, "monotonic_ns": 0, "pid": 1,
+            "failed": ["x"] * 500,
         }  # fmt: skip
         return json.dumps(answer).encode()
 
