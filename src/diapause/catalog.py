@@ -315,6 +315,11 @@ class Catalog:
         )
         return None if row is None else str(row[0])
 
+    def facts(self) -> dict[str, str]:
+        """Every remembered fact."""
+        rows = self._connection(durable=False).execute("SELECT name, value FROM facts")
+        return {str(name): str(value) for name, value in rows}
+
     def remember(self, name: str, value: str) -> None:
         """Remember a fact about this host."""
         with self._transaction(durable=False) as db:
