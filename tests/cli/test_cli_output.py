@@ -13,7 +13,7 @@ from diapause.cli.output import printable
 from tests.framework.fake_home import FakeHome
 
 HEAVY = {
-    "asyncio", "anyio", "dataclasses_json", "rich", "sqlite3", "starlette", "subprocess",
+    "asyncio", "anyio", "rich", "sqlite3", "starlette", "subprocess",
     "uvicorn", "websockets", "diapause.sandbox", "diapause._core",
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """One daemon a home: started by whoever comes first, ended by a signal, replaced when killed."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,8 +10,10 @@ import threading
 import pytest
 
 from diapause.daemon.start import try_connect
+from diapause.daemon.state import State
 from diapause.errors import DaemonUnreachable, HomeNewer
 from diapause.model import CaptureRequest, RunRequest
+from tests.framework.fake_engine import FakeEngine
 from tests.framework.fake_home import FakeHome, eventually, gone
 
 
@@ -100,6 +103,19 @@ def test_the_loser_of_the_race_leaves_quietly(place: FakeHome) -> None:
     assert b"runs already" in err
     assert place.opened() == 1
     assert place.client.sandboxes() == [], "the loser left the winner's socket alone"
+
+
+def test_an_engine_that_does_not_close_is_left(place: FakeHome) -> None:
+    async def scenario() -> bool:
+        place.home.create()
+        state = State(place.home, FakeEngine.open)
+        await state.open()
+        (place.home.root / "stall").touch()
+        closed = await state.close(0.2)
+        (place.home.root / "stall").unlink()
+        return closed
+
+    assert asyncio.run(scenario()) is False
 
 
 def test_a_verb_goes_on_without_its_client(place: FakeHome) -> None:

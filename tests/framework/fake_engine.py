@@ -156,7 +156,6 @@ class FakeEngine:
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        self.closed = False
         self._lock = threading.Lock()
         self._made = 0
         self._rows: dict[str, model.SandboxRow] = {}
@@ -173,7 +172,7 @@ class FakeEngine:
         return cls(home)
 
     def close(self) -> None:
-        self.closed = True
+        self._stall()
         (self.home.root / "closed").touch()
 
     def doctor(self) -> model.DoctorAnswer:

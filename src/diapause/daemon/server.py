@@ -28,7 +28,9 @@ from diapause.store.home import Home
 
 log = logging.getLogger("diapause.daemon")
 
+# For the verbs under way, and then for what the engine does behind them.
 STOP_S = 60.0
+CLOSE_S = 30.0
 STREAMS_CLOSE_S = 2
 # How long a daemon whose home could not be opened stays to tell its clients why.
 FAILURE_LINGER_S = 1.0
@@ -142,8 +144,9 @@ async def _serve(state: State, listener: socket.socket) -> int:
     watching = asyncio.create_task(_stop_on(stop, opening, state, server))
     await server.serve(sockets=[listener])
     await watching
-    if not await state.close(0):
+    if not await state.close(CLOSE_S):
         # Every step is journaled: the next daemon finishes or undoes what this one leaves.
+        state.home.serve_socket.unlink(missing_ok=True)
         _leave(1)
     log.info("the daemon of %s is done", state.home.root)
     return state.failure.exit_code if state.failure else 0

@@ -1,17 +1,19 @@
 """Start a home's daemon when nobody answers on its socket: once, however many ask.
 
-Any number of clients may spawn one; the daemon's own lock decides which of them serves, and the
-others exit at once. So a client only spawns, and connects as soon as somebody listens.
+The daemon's own lock decides which one serves, should several be spawned; the others exit at once.
+A client spawns when it is its turn, and connects as soon as somebody listens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from diapause import limits
@@ -72,29 +74,56 @@ def trust_directory(home: Home) -> None:
 
 
 def _start(home: Home, command: DaemonCommand) -> socket.socket:
+    """Wait until somebody listens; of the clients that wait, one at a time spawns."""
     deadline = time.monotonic() + limits.DAEMON_START_S
-    child, spawned = _spawn(home, command), time.monotonic()
-    while time.monotonic() < deadline:
-        connection = try_connect(home)
-        if connection is not None:
-            return connection
-        code = child.poll()
-        if code:
-            cause = f"it exited with {code} at its start: {_last_words(home)}"
-            raise DaemonUnreachable(home=home.root, cause=cause)
-        # It lost against a daemon that was on its way out: that one's end frees the lock.
-        if code == 0 and time.monotonic() > spawned + _RESPAWN_S:
-            child, spawned = _spawn(home, command), time.monotonic()
-        time.sleep(_POLL_S)
+    child: subprocess.Popen[bytes] | None = None
+    spawned = 0.0
+    with _turn_to_spawn(home) as is_ours:
+        while time.monotonic() < deadline:
+            connection = try_connect(home)
+            if connection is not None:
+                return connection
+            code = child.poll() if child is not None else 0
+            if code:
+                cause = f"it exited with {code} at its start: {_last_words(home)}"
+                raise DaemonUnreachable(home=home.root, cause=cause)
+            # A daemon that ended at once lost against one that is on its way out.
+            if code == 0 and time.monotonic() > spawned + _RESPAWN_S and is_ours():
+                child, spawned = _spawn(home, command), time.monotonic()
+            time.sleep(_POLL_S)
     cause = f"it did not listen within {limits.DAEMON_START_S:.0f} s"
     raise DaemonUnreachable(home=home.root, cause=cause)
+
+
+@contextlib.contextmanager
+def _turn_to_spawn(home: Home) -> Iterator[Callable[[], bool]]:
+    """Whether it is our turn: a lock on the home itself, so that twenty clients spawn once.
+
+    It only saves work. A client that dies frees it, and the daemon's own lock decides who serves.
+    """
+    try:
+        home.create()
+        directory = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DaemonUnreachable(home=home.root, cause=error) from error
+
+    def is_ours() -> bool:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    try:
+        yield is_ours
+    finally:
+        os.close(directory)
 
 
 def _spawn(home: Home, command: DaemonCommand) -> subprocess.Popen[bytes]:
     import subprocess
 
     try:
-        home.create()
         log = _open_log(home)
     except OSError as error:
         raise DaemonUnreachable(home=home.root, cause=error) from error
