@@ -25,6 +25,8 @@ pub struct HeaderReader<R> {
     size_bytes: u64,
     page_count: u64,
     builds: Vec<BuildRef>,
+    /// Pages of each build, close together.
+    limits: Vec<u64>,
     ids: HashSet<Digest>,
     /// Builds that an extent mapped to; the others must follow in this order, in the next block.
     used: u32,
@@ -33,11 +35,20 @@ pub struct HeaderReader<R> {
     payload: Vec<u8>,
     block: Vec<Extent>,
     at: usize,
+    next_page: u64,
+    /// The last extent of the block before.
     last: Option<Extent>,
     short_block: bool,
     extent_count: u64,
     mapped_pages: u64,
     digest: Option<Digest>,
+}
+
+const CONTINUES: &str = "adjacent extents continue each other";
+
+#[cold]
+fn not_canonical(what: &'static str) -> FormatError {
+    FormatError::NotCanonical { what }
 }
 
 /// The three columns of an extents block, and how far each is read.
@@ -46,6 +57,8 @@ struct Columns<'a> {
     builds: &'a [u8],
     deltas: &'a [u8],
     at: [usize; 3],
+    /// Number of the build of the extent before, in this block.
+    last: Option<u64>,
 }
 
 impl<'a> Columns<'a> {
@@ -64,6 +77,7 @@ impl<'a> Columns<'a> {
             builds,
             deltas,
             at: [0; 3],
+            last: None,
         })
     }
 
@@ -112,12 +126,14 @@ impl<R: Read> HeaderReader<R> {
             size_bytes: HEAD_LEN as u64,
             page_count,
             builds: Vec::new(),
+            limits: Vec::new(),
             ids: HashSet::new(),
             used: 0,
             continues: vec![0],
             payload: Vec::new(),
             block: Vec::with_capacity(BLOCK_EXTENTS),
             at: 0,
+            next_page: 0,
             last: None,
             short_block: false,
             extent_count: 0,
@@ -152,6 +168,18 @@ impl<R: Read> HeaderReader<R> {
         }
         self.at += 1;
         Ok(Some(self.block[self.at - 1]))
+    }
+
+    /// The extents of one block that were not read yet; none once everything was verified.
+    ///
+    /// # Errors
+    /// Any [`FormatError`].
+    pub fn next_extents(&mut self) -> Result<&[Extent]> {
+        if self.at == self.block.len() {
+            self.next_block()?;
+        }
+        let from = std::mem::replace(&mut self.at, self.block.len());
+        Ok(&self.block[from..])
     }
 
     /// Reads all that is left and returns the totals.
@@ -241,113 +269,123 @@ impl<R: Read> HeaderReader<R> {
                     what: "a build is listed twice",
                 });
             }
+            self.limits.push(build.pages);
             self.builds.push(build);
         }
         Ok(())
     }
 
     fn decode_extents(&mut self) -> Result<()> {
-        const PART: &str = "extents block";
         let payload = std::mem::take(&mut self.payload);
-        if payload.len() < EXTENTS_HEAD_LEN {
-            return Err(FormatError::Truncated { part: PART });
+        let count = self.begin_extents(&payload)?;
+        let mut columns = Columns::new(&payload)?;
+        for _ in 0..count {
+            let extent = self.decode_extent(&mut columns)?;
+            self.block.push(extent);
         }
-        let count = u32_at(&payload, 8) as usize;
+        columns.check_consumed()?;
+        self.end_extents()?;
+        self.payload = payload;
+        Ok(())
+    }
+
+    /// Checks the head of an extents block and returns how many it has.
+    fn begin_extents(&mut self, payload: &[u8]) -> Result<usize> {
+        if payload.len() < EXTENTS_HEAD_LEN {
+            return Err(FormatError::Truncated {
+                part: "extents block",
+            });
+        }
+        let count = u32_at(payload, 8) as usize;
         at_most(
             "count of extents in a block",
             count as u64,
             BLOCK_EXTENTS as u64,
         )?;
         if count == 0 || self.short_block {
-            return Err(FormatError::NotCanonical {
-                what: "an extents block before the last is not full",
-            });
+            return Err(not_canonical(
+                "an extents block before the last is not full",
+            ));
         }
         self.short_block = count < BLOCK_EXTENTS;
         self.continues.clear();
         self.continues.resize(self.builds.len() + 1, 0);
-        let next_page = self.last.map_or(0, |last| last.end());
         exactly(
             "first page of an extents block",
-            u64_at(&payload, 0),
-            next_page,
+            u64_at(payload, 0),
+            self.next_page,
         )?;
-        let mut columns = Columns::new(&payload)?;
-        for _ in 0..count {
-            self.decode_extent(&mut columns)?;
-        }
-        columns.check_consumed()?;
+        Ok(count)
+    }
+
+    /// Checks a decoded block as a whole.
+    fn end_extents(&mut self) -> Result<()> {
         exactly(
             "count of builds in use",
             self.used.into(),
             self.builds.len() as u64,
         )?;
-        self.extent_count += count as u64;
-        self.payload = payload;
+        // Inside the block each extent was compared with the one before it.
+        let joint = self.last.zip(self.block.first());
+        if joint.is_some_and(|(last, first)| last.continues_in(first)) {
+            return Err(not_canonical(CONTINUES));
+        }
+        self.last = self.block.last().copied();
+        self.extent_count += self.block.len() as u64;
         Ok(())
     }
 
     #[inline(always)]
-    fn decode_extent(&mut self, columns: &mut Columns<'_>) -> Result<()> {
-        let page = self.last.map_or(0, |last| last.end());
+    fn decode_extent(&mut self, columns: &mut Columns<'_>) -> Result<Extent> {
+        let page = self.next_page;
         let length = varint::take(columns.lengths, &mut columns.at[0], "length of an extent")?;
         if length == 0 {
-            return Err(FormatError::NotCanonical {
-                what: "an extent has no pages",
-            });
+            return Err(not_canonical("an extent has no pages"));
         }
         at_most("length of an extent", length, self.page_count - page)?;
+        self.next_page = page + length;
         let number = varint::take(columns.builds, &mut columns.at[1], "number of a build")?;
-        let target = if number == 0 {
-            Target::ZERO
-        } else {
-            self.decode_target(columns, number, length)?
-        };
-        let extent = Extent {
-            page,
-            length,
-            target,
-        };
-        if self.last.is_some_and(|last| last.continues_in(&extent)) {
-            return Err(FormatError::NotCanonical {
-                what: "adjacent extents continue each other",
+        let again = columns.last == Some(number);
+        columns.last = Some(number);
+        if number == 0 {
+            if again {
+                return Err(not_canonical(CONTINUES));
+            }
+            return Ok(Extent {
+                page,
+                length,
+                target: Target::ZERO,
             });
         }
-        self.last = Some(extent);
-        self.block.push(extent);
-        Ok(())
-    }
-
-    #[inline(always)]
-    fn decode_target(
-        &mut self,
-        columns: &mut Columns<'_>,
-        number: u64,
-        length: u64,
-    ) -> Result<Target> {
-        // Numbers in the order of first use: a new one is the next one.
-        at_most(
-            "number of a build",
-            number,
-            (u64::from(self.used) + 1).min(self.builds.len() as u64),
-        )?;
-        let build = number as usize;
-        self.used = self.used.max(number as u32);
+        if number > self.used.into() {
+            // Numbers in the order of first use: a new one is the next one.
+            let next = (u64::from(self.used) + 1).min(self.builds.len() as u64);
+            at_most("number of a build", number, next)?;
+            self.used = number as u32;
+        }
         let delta = varint::take(columns.deltas, &mut columns.at[2], "position in a build")?;
+        if again && delta == 0 {
+            return Err(not_canonical(CONTINUES));
+        }
+        let (build, pages) = (number as usize, self.limits[number as usize - 1]);
         let position = self.continues[build].wrapping_add_signed(varint::unzigzag(delta));
-        let pages = self.builds[build - 1].pages;
         if position >= pages || length > pages - position {
+            let part = "position in a build";
             return Err(FormatError::OutOfRange {
-                part: "position in a build",
+                part,
                 found: position,
                 limit: pages,
             });
         }
         self.continues[build] = position + length;
         self.mapped_pages += length;
-        Ok(Target {
-            build: number as u32,
-            position,
+        Ok(Extent {
+            page,
+            length,
+            target: Target {
+                build: number as u32,
+                position,
+            },
         })
     }
 
@@ -357,8 +395,7 @@ impl<R: Read> HeaderReader<R> {
             self.payload.len() as u64,
             END_LEN as u64,
         )?;
-        let covered = self.last.map_or(0, |last| last.end());
-        exactly("count of mapped pages", covered, self.page_count)?;
+        exactly("count of mapped pages", self.next_page, self.page_count)?;
         exactly(
             "total of extents",
             u64_at(&self.payload, 0),

@@ -22,11 +22,15 @@ impl HeaderIndex {
     /// Whatever reading reports.
     pub fn load<R: Read>(mut from: HeaderReader<R>) -> Result<Self> {
         let (mut starts, mut builds, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        while let Some(extent) = from.next_extent()? {
+        loop {
+            let extents = from.next_extents()?;
+            if extents.is_empty() {
+                break;
+            }
             // Pages and positions are below 2^32 and builds below 2^16: the reader has checked it.
-            starts.push(extent.page as u32);
-            builds.push(extent.target.build as u16);
-            positions.push(extent.target.position as u32);
+            starts.extend(extents.iter().map(|extent| extent.page as u32));
+            builds.extend(extents.iter().map(|extent| extent.target.build as u16));
+            positions.extend(extents.iter().map(|extent| extent.target.position as u32));
         }
         Ok(Self {
             summary: from.finish()?,
