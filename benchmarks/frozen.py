@@ -1,0 +1,96 @@
+"""How long a guest is frozen: against QEMU's own ways, and against the bare minimum."""
+
+from __future__ import annotations
+
+from benchmarks.by_hand import ByHand, scratch_of, touched_buffer
+from benchmarks.guest import Bench, dirty_command
+from benchmarks.rows import Figure, Row
+from diapause.units import MIB
+
+ROUNDS = 7
+
+
+def measure(bench: Bench) -> list[Row]:
+    """512 MiB, 256 MiB of it in use, 1,500-2,000 dirty pages a round."""
+    guest = bench.boot()
+    bench.fill(guest, 190)  # with the kernel and the initial file system: 256 MiB in use
+    bench.dirty(guest)
+    base = bench.save(guest).snapshot
+    [peer_guest] = bench.fork(base)  # makes the flat files that the peer stands on
+    bench.remove(peer_guest)
+    saves, pauses = _ours(bench, guest)
+    migrate, savevm, bare = _peers(bench, base)
+    rows = []
+    for name, figures in (("save", saves), ("pause", pauses)):
+        ours = Figure(f"frozen by a {name}", "ms", tuple(a.frozen_ms for a in figures))
+        notes = {"dirty_pages": [a.dirty_pages for a in figures]}
+        phases = [a.phases_ms for a in figures]
+        rows += [
+            Row(f"frozen by a {name}", ours, migrate, 1 / 40, notes),
+            Row(f"frozen by a {name}", ours, savevm, 1 / 40, notes),
+            Row(f"frozen by a {name}", ours, bare, 1.5, {**notes, "phases": phases}),
+        ]
+    bench.remove(guest)
+    return rows
+
+
+def _ours(bench: Bench, guest: str) -> tuple[list, list]:  # type: ignore[type-arg]
+    saves = []
+    for _ in range(ROUNDS):
+        bench.dirty(guest)
+        saves.append(bench.save(guest))
+    pauses = []
+    for _ in range(ROUNDS):
+        bench.dirty(guest)
+        pauses.append(bench.pause(guest))
+        from diapause.model import ResumeRequest
+
+        bench.client.resume(guest, ResumeRequest())
+    return saves[1:], pauses[1:]
+
+
+def _peers(bench: Bench, base: str) -> tuple[Figure, Figure, Figure]:
+    peer = ByHand(bench, base, scratch_of(bench))
+    buffer = touched_buffer(64 * MIB)
+    peer.start()
+    bare, pages = [], []
+    peer.machine.stop()
+    peer.machine.ram.rearm()
+    peer.machine.thaw()
+    for _ in range(ROUNDS):
+        _dirty_by_hand(peer)
+        took, count = peer.bare_capture(buffer)
+        bare.append(took)
+        pages.append(count)
+    savevm = [peer.savevm() for _ in range(3)]
+    migrate = [peer.migrate_to_file()]
+    peer.stop()
+    for _ in range(2):
+        peer = ByHand(bench, base, scratch_of(bench))
+        peer.start()
+        migrate.append(peer.migrate_to_file())
+        peer.stop()
+    bare_name = f"stop + state + readv of {min(pages)}-{max(pages)} pages"
+    return (
+        Figure("migrate to a file", "ms", tuple(migrate)),
+        Figure("savevm", "ms", tuple(savevm)),
+        Figure(bare_name, "ms", tuple(bare[1:])),
+    )
+
+
+def _dirty_by_hand(peer: ByHand) -> None:
+    """The same round of writes, asked for over the agent's port."""
+    import asyncio
+
+    from diapause.guest.link import Link
+    from diapause.guest.session import ExecRequest
+
+    async def work() -> None:
+        link = Link("byhand")
+        await link.attach(peer.machine.agent_socket(10.0), identity=None, bound_s=60.0)
+        session = await link.exec(ExecRequest(argv=["sh", "-c", dirty_command()]))
+        async for _ in session:
+            pass
+        await link.detach()
+
+    asyncio.run(work())

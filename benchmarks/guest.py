@@ -1,0 +1,129 @@
+"""Guests to measure: a home of their own, the daemon's client, and what runs inside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diapause.daemon.client import Client
+from diapause.driver.process import process_ref
+from diapause.model import (
+    CaptureAnswer,
+    CaptureRequest,
+    Durability,
+    ForkRequest,
+    ImageBuildRequest,
+    RunRequest,
+)
+from diapause.store.home import Home
+from diapause.units import GIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WAIT_S = 300.0
+EXEC_S = 600.0
+# About 1,520 pages of tmpfs a round, with what the kernel and the agent write besides.
+DIRTY_BLOCKS = 95
+
+
+class Bench:
+    """One home for a run of benchmarks; everything in it is gone afterwards."""
+
+    def __init__(self) -> None:
+        # On a disk, as a real home is: /tmp may be a tmpfs.
+        base = os.environ.get("DIAPAUSE_BENCH_DIR") or tempfile.gettempdir()
+        self.root = Path(tempfile.mkdtemp(prefix="diapause-bench-", dir=base))
+        self.home = Home.at(self.root / "h")
+        self.client = Client(self.home)
+        self.client.build_image(ImageBuildRequest(name="tiny"))
+
+    def close(self) -> None:
+        """End the guests and the daemon, and remove the home."""
+        for row in self.client.sandboxes(everything=True):
+            self.client.remove(row.sandbox, force=True)
+        pid = int(self.home.serve_lock.read_text().split()[0])
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: process_ref(pid) is None, "the daemon's end", 30.0)
+        for path in self.root.rglob("*"):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o700)
+        shutil.rmtree(self.root)
+        shutil.rmtree(self.home.buffers, ignore_errors=True)
+
+    # -- verbs -----------------------------------------------------------------------------------
+
+    def boot(self, memory_bytes: int = 512 * MIB, disk_bytes: int = 1 * GIB) -> str:
+        """A fresh guest."""
+        request = RunRequest(memory_bytes=memory_bytes, disk_bytes=disk_bytes, boot=True)
+        return self.client.run(request).sandbox
+
+    def save(self, sandbox: str, durability: Durability = "process") -> CaptureAnswer:
+        """A snapshot; returns once it is packed, so that packing disturbs nothing that follows."""
+        answer = self.client.save(sandbox, CaptureRequest(durability=durability))
+        self.settle(answer.snapshot)
+        return answer
+
+    def pause(self, sandbox: str, durability: Durability = "process") -> CaptureAnswer:
+        """A pause; returns once it is packed."""
+        answer = self.client.pause(sandbox, CaptureRequest(durability=durability))
+        self.settle(answer.snapshot)
+        return answer
+
+    def settle(self, snapshot: str) -> None:
+        """Wait until a snapshot is packed."""
+
+        def packed() -> bool:
+            return self.client.inspect_snapshot(snapshot).state == "packed"
+
+        wait_for(packed, f"packing {snapshot}")
+
+    def fork(self, source: str, count: int = 1) -> list[str]:
+        """New guests."""
+        return self.client.fork(ForkRequest(source=source, count=count)).sandboxes
+
+    def remove(self, *sandboxes: str) -> None:
+        """End guests."""
+        for sandbox in sandboxes:
+            self.client.remove(sandbox, force=True)
+
+    def run(self, sandbox: str, command: str) -> str:
+        """Run a shell command in a guest; returns what it printed."""
+        program = [sys.executable, "-m", "diapause", "--home", str(self.home.root)]
+        done = subprocess.run(
+            [*program, "exec", sandbox, "--", "sh", "-c", command],
+            capture_output=True, text=True, timeout=EXEC_S, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    # -- work inside a guest ---------------------------------------------------------------------
+
+    def fill(self, sandbox: str, size_mib: int) -> None:
+        """Put so much memory to use, with bytes that don't compress."""
+        self.run(sandbox, f"dd if=/dev/urandom of=/tmp/fill bs=1M count={size_mib} 2>/dev/null")
+
+    def dirty(self, sandbox: str) -> None:
+        """Write the pages of one round."""
+        self.run(sandbox, dirty_command())
+
+
+def dirty_command() -> str:
+    """What a guest runs to write a round's pages: the same file, in place."""
+    copy = f"dd if=/dev/urandom of=/tmp/round bs=64k count={DIRTY_BLOCKS} conv=notrunc"
+    return f"{copy} 2>/dev/null"
+
+
+def wait_for(condition: Callable[[], bool], what: str, bound_s: float = WAIT_S) -> None:
+    """Wait until it holds; an error at the bound."""
+    deadline = time.monotonic() + bound_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} took more than {bound_s:.0f} s")
+        time.sleep(0.005)
