@@ -20,6 +20,8 @@ import os
 import secrets
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from diapause import _core
 from diapause.catalog import DeviceRecord, SnapshotRecord, now
 from diapause.driver.base import FreezePlan
@@ -83,7 +85,7 @@ class Capture(Verb):
         self.frozen: Frozen
         self.rule = self._rule()
         self.buffer: _core.CaptureBuffer | None = None
-        self.quiesced = False
+        self.quiesced = self.committed = False
 
     # -- the dirty set ---------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class Capture(Verb):
         try:
             self.frozen = self.machine.freeze_and_capture(plan)
         except FrozenSectionFailed as failed:
+            self.frozen = failed.frozen
             self._switched(failed.frozen.switched)
             if not failed.thawed:
                 failed.error.fields["guest"] = "could not be thawed"
@@ -266,14 +269,18 @@ class Capture(Verb):
 
     def do_commit(self) -> None:
         """The row: from here on the capture is whole."""
-        record = self.record
-        record.snapshot, record.captures = self.snapshot, record.captures + 1
-        if self.goes_on:
-            for names in record.overlays:
-                self._drop_overlays(names[:-1])
-                del names[:-1]
+        before = self.record
+        after = msgspec.structs.replace(
+            before, snapshot=self.snapshot, captures=before.captures + 1,
+            overlays=[names[-1:] if self.goes_on else names for names in before.overlays],
+        )  # fmt: skip
         durable = self.request.durability != "process"
-        self.host.catalog.put_snapshot(self.snapshot_record, durable=durable, sandbox=record)
+        self.host.catalog.put_snapshot(self.snapshot_record, durable=durable, sandbox=after)
+        self.record, self.committed = after, True
+        # Only now: until the row is there, these files are all that is left of what was switched.
+        if self.goes_on:
+            for names in before.overlays:
+                self._drop_overlays(names[:-1])
         self.mark.unlink(missing_ok=True)
         self.unmerged.unlink(missing_ok=True)
         self.files.raw_state.unlink(missing_ok=True)
@@ -289,12 +296,18 @@ class Capture(Verb):
 
     def undo(self, step: str, error: BaseException) -> None:
         """Nothing stays of a failed capture but what the next one must add."""
+        if self.committed:
+            return
         self.buffer = None
         frozen = getattr(self, "frozen", None)
         forgotten = frozen is not None and frozen.rearmed
         in_buffer = frozen is not None and not frozen.spilled_pages
         if forgotten and in_buffer:
             self.files.buffer.rename(self.unmerged)
+        elif forgotten:  # what an earlier capture left is not all of it: the next one compares
+            self.unmerged.unlink(missing_ok=True)
+        elif forgotten:  # an older list alone would say too little: by the mark, all is compared
+            self.unmerged.unlink(missing_ok=True)
         self.files.buffer.unlink(missing_ok=True)
         self.files.raw_state.unlink(missing_ok=True)
         remove_tree(self.files.directory)

@@ -54,7 +54,7 @@ class Pause(Capture):
 
     def undo(self, step: str, error: BaseException) -> None:
         """Before the commit the guest goes on; after it the pause is finished by recovery."""
-        if step in ("release", "publish"):
+        if self.committed:
             return
         with contextlib.suppress(DiapauseError):
             if self.machine.alive() and self.machine.status() == "paused":

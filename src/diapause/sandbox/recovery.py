@@ -33,6 +33,8 @@ from diapause.snapshot.capture import CaptureFiles
 from diapause.store.files import remove_tree
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diapause.catalog import Operation, SandboxRecord
     from diapause.driver.qemu.machine import QemuMachine
     from diapause.sandbox.host import Host
@@ -80,9 +82,11 @@ def _settle_running(host: Host, record: SandboxRecord, operation: Operation | No
         gone = "lost with the host" if _of_another_boot(record) else "the VMM has ended"
         host.end(record, gone)
         return
-    if snapshot is not None and record.snapshot != snapshot:
-        assert operation is not None
-        _drop_capture(host, record, machine, operation)
+    if operation is not None and snapshot is not None:
+        if record.snapshot == snapshot:
+            _finish_capture(host, record, machine)
+        else:
+            _drop_capture(host, record, machine, operation)
     _take_up(host, record, machine)
 
 
@@ -104,23 +108,43 @@ def _drop_capture(
     """A capture that was not committed: keep what the next one must add, and nothing else."""
     assert operation.snapshot is not None
     files = CaptureFiles(host.home, operation.snapshot)
+    mark, unmerged = _mark(host, record), host.home.buffers / f"{record.id}.unmerged"
     if operation.verb == "pause":  # it never re-arms, so it has made nobody forget anything
-        (host.home.sandbox(record.id) / "capture.mark").unlink(missing_ok=True)
-    elif files.buffer.exists() and _sealed(files):
-        files.buffer.rename(host.home.buffers / f"{record.id}.unmerged")
+        if mark.exists() and mark.read_text() == operation.snapshot:
+            mark.unlink()
+    elif (info := _sealed(files)) is not None:
+        if info.captured_pages <= info.capacity:
+            files.buffer.rename(unmerged)
+        else:  # what spilled goes with the capture: by the mark, the next one compares all of RAM
+            unmerged.unlink(missing_ok=True)
     files.buffer.unlink(missing_ok=True)
     files.raw_state.unlink(missing_ok=True)
     remove_tree(files.directory)
     _adopt_overlays(host, record, machine)
 
 
-def _sealed(files: CaptureFiles) -> bool:
-    """Whether the buffer is whole by itself; what spilled went with the capture."""
+def _finish_capture(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
+    """A save that was committed: what it left behind is of no use to anybody."""
+    _forget_failures(host, record)
+    _adopt_overlays(host, record, machine)
+
+
+def _mark(host: Host, record: SandboxRecord) -> Path:
+    return host.home.sandbox(record.id) / "capture.mark"
+
+
+def _forget_failures(host: Host, record: SandboxRecord) -> None:
+    _mark(host, record).unlink(missing_ok=True)
+    (host.home.buffers / f"{record.id}.unmerged").unlink(missing_ok=True)
+
+
+def _sealed(files: CaptureFiles) -> _core.CaptureInfo | None:
+    """What the buffer says of itself, where it was sealed: re-arming may have begun."""
     try:
         info = _core.capture_info(str(files.buffer))
     except DiapauseError:
-        return False
-    return info.sealed and info.captured_pages <= info.capacity
+        return None
+    return info if info.sealed else None
 
 
 def _adopt_overlays(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
@@ -170,7 +194,7 @@ def _paused(host: Host, record: SandboxRecord) -> None:
     directory = host.home.sandbox(record.id)
     for path in directory.glob("disk*.qcow2"):
         path.unlink()
-    (directory / "capture.mark").unlink(missing_ok=True)
+    _forget_failures(host, record)
     record.state, record.process, record.root = "paused", None, None
     record.overlays, record.captures, record.tracker = [], 0, False
     host.catalog.put_sandbox(record)

