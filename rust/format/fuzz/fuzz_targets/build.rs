@@ -1,0 +1,8 @@
+//! Fuzzes the reader of the build format.
+#![no_main]
+
+#[path = "../checks.rs"]
+#[allow(dead_code)]
+mod checks;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| checks::build(bytes));
