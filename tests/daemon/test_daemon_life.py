@@ -113,9 +113,11 @@ def test_an_engine_that_does_not_close_is_left(place: FakeHome) -> None:
         (place.home.root / "stall").touch()
         closed = await state.close(0.2)
         (place.home.root / "stall").unlink()
+        await asyncio.to_thread(eventually, "the end", (place.home.root / "closed").exists)
         return closed
 
     assert asyncio.run(scenario()) is False
+    assert (place.home.root / "closed").exists()
 
 
 def test_a_verb_goes_on_without_its_client(place: FakeHome) -> None:
