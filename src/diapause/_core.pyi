@@ -1,10 +1,10 @@
 """The data plane, in Rust: formats, compare and pack, materialize, process memory.
 
-Paths are ``str``, digests and ids lower-case hex, pages 4 KiB. Every function releases the GIL while it
-works. Errors: ``BlobDamaged`` and ``BlobMissing`` name the blob, ``NotEnoughSpace`` on a full disk,
-``StorageFailed`` for any other failed I/O, ``ValueError`` where the caller's arguments contradict.
-A file that a function makes is whole and fsynced when it returns (unless it says otherwise), and gone
-when it raises.
+Paths are ``str``, digests and ids lower-case hex, pages 4 KiB. Every function releases the GIL
+while it works. Errors: ``BlobDamaged`` and ``BlobMissing`` name the blob, ``NotEnoughSpace`` on a
+full disk, ``StorageFailed`` for any other failed I/O, ``ValueError`` where the caller's arguments
+contradict. A file that a function makes is whole and fsynced when it returns (unless it says
+otherwise), and gone when it raises.
 """
 
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def pack_file(
     header_out: str,
     progress: Progress | None = None,
 ) -> PackResult:
-    """Pack a plain file as a device of `page_count` pages that has no parent; holes cost nothing."""
+    """Pack a plain file as a device of `page_count` pages without a parent; holes cost nothing."""
 
 def verify_build(path: str, build_id: str) -> int:
     """Read a whole build and verify every byte; returns its pages."""
@@ -160,8 +160,8 @@ def materialize(
     """Write the device as a new sparse file at `out`, every byte verified.
 
     `captures` gives the page source of each capture that the header maps to. `base` is (flat file,
-    its header, that header's digest): the flat is cloned and only what differs is written. `out` must
-    not exist; it is fsynced only with `sync`.
+    its header, that header's digest): the flat is cloned and only what differs is written. `out`
+    must not exist; it is fsynced only with `sync`.
     """
 
 def write_out(buffer: str, out: str) -> CaptureInfo:

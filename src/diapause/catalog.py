@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from diapause.errors import HomeNewer
+from diapause.errors import HomeNewer, NameInUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,6 +126,7 @@ class SnapshotRecord(msgspec.Struct, kw_only=True):
     image: str
     identity: Identity
     layout: int
+    command_line: list[str]  # of the VMM, as far as the guest can see it
     memory_bytes: int
     cpus: int
     disks_bytes: list[int]
@@ -192,7 +193,8 @@ class Catalog:
             try:
                 yield db
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk may have ended it
+                    db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
 
@@ -204,8 +206,8 @@ class Catalog:
     # -- sandboxes -------------------------------------------------------------------------------
 
     def put_sandbox(self, record: SandboxRecord, *, durable: bool = False) -> None:
-        """Insert or replace a sandbox; raises sqlite3.IntegrityError where its name is in use."""
-        with self._transaction(durable=durable) as db:
+        """Insert or replace a sandbox; raises NameInUse where another one has its name."""
+        with _names(record.name), self._transaction(durable=durable) as db:
             _put_sandbox(db, record)
 
     def sandbox(self, sandbox_id: str) -> SandboxRecord | None:
@@ -229,10 +231,14 @@ class Catalog:
         durable: bool,
         sandbox: SandboxRecord | None = None,
     ) -> None:
-        """Insert or replace a snapshot, and with it, in one transaction, its sandbox."""
-        with self._transaction(durable=durable) as db:
+        """Insert or replace a snapshot, and with it, in one transaction, its sandbox.
+
+        Raises NameInUse where another snapshot has its name.
+        """
+        with _names(record.name), self._transaction(durable=durable) as db:
             db.execute(
-                "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "name = excluded.name, state = excluded.state, record = excluded.record",
                 (
                     record.id, record.name, record.sandbox, record.parent, record.state,
                     record.created_at, msgspec.json.encode(record),
@@ -324,6 +330,17 @@ class Catalog:
         """Remember a fact about this host."""
         with self._transaction(durable=False) as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+
+@contextmanager
+def _names(name: str | None) -> Iterator[None]:
+    """A name is given once, however many ask for it at once."""
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        if name is None or "UNIQUE" not in str(error):
+            raise
+        raise NameInUse(name=name, owner="another") from error
 
 
 def _put_sandbox(db: sqlite3.Connection, record: SandboxRecord) -> None:

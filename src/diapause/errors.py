@@ -1,7 +1,8 @@
 """Every error that a person or a program can meet: one class each, one table.
 
-The first line of a class's docstring is its message template; ``code`` is stable and is what programs
-match on; ``exit_code`` is the command line's and ``status`` the API's. ``hint`` says what to do.
+The first line of a class's docstring is its message template; ``code`` is stable and is what
+programs match on; ``exit_code`` is the command line's and ``status`` the API's. ``hint`` says what
+to do.
 Codes 10-19: what was named. 20-29: what was asked for. 30-39: the VMM. 40-49: stored data.
 50-59: the guest. 60-69: the daemon and its home.
 """

@@ -202,7 +202,8 @@ impl Channel {
         }
     }
 
-    /// A broken socket means that its host is gone; a broken port ends the agent, and init starts another.
+    /// A broken socket means that its host is gone; a broken port ends the agent, and init starts
+    /// another.
     fn drop_socket(&mut self, error: io::Error) -> io::Result<()> {
         if self.listener.is_none() {
             return Err(error);

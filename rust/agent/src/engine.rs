@@ -115,7 +115,8 @@ impl Engine {
             .filter(|(fd, _)| is_ready(fd))
             .map(|(_, source)| source)
             .collect();
-        // A drain that ends is swapped with the last one: from the back, no index changes before its turn.
+        // A drain that ends is swapped with the last one: from the back, no index changes before
+        // its turn.
         ready.reverse();
         Ok(ready)
     }

@@ -137,7 +137,8 @@ impl Freezer {
             mount.frozen = false;
         }
         match &mut self.worker {
-            // It may be inside the kernel's freeze: its file systems are thawed again when it is through.
+            // It may be inside the kernel's freeze: its file systems are thawed again when it is
+            // through.
             Some(worker) => {
                 let _ = kill(worker.pid, Signal::SIGKILL);
                 worker.cancelled = true;

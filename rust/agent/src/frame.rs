@@ -265,7 +265,8 @@ impl Decoder {
     }
 }
 
-/// Feeds a whole stream to a decoder in pieces of `piece` bytes; what the fuzz target and its replay run.
+/// Feeds a whole stream to a decoder in pieces of `piece` bytes; what the fuzz target and its
+/// replay run.
 pub fn decode_all(
     stream: &[u8],
     piece: usize,

@@ -174,7 +174,8 @@ pub struct Filesystems {
 
 /// The bytes of a JSON payload.
 pub fn to_json(message: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(message).unwrap_or_default() // only a map with keys that aren't strings fails
+    // Only a map with keys that aren't strings fails.
+    serde_json::to_vec(message).unwrap_or_default()
 }
 
 /// The payload of CREDIT: a stream (0 input, 1 output, 2 error) and a number of bytes.

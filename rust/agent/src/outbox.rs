@@ -158,7 +158,8 @@ impl Outbox {
         true
     }
 
-    /// Starts again behind `received`, for a new connection of the same link; false if that frame was never sent.
+    /// Starts again behind `received`, for a new connection of the same link; false if that frame
+    /// was never sent.
     pub fn rewind(&mut self, received: u64) -> bool {
         let first = self.first_seq();
         if received > self.last_seq || received + 1 < first {
@@ -212,7 +213,8 @@ impl Outbox {
         outcome
     }
 
-    /// Writes until nothing is left or `write` would block; `ack` goes into each frame. Returns whether a frame began to leave.
+    /// Writes until nothing is left or `write` would block; `ack` goes into each frame. Returns
+    /// whether a frame began to leave.
     pub fn flush(
         &mut self,
         ack: u64,

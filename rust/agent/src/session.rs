@@ -31,7 +31,8 @@ const OUTPUT_KINDS: [u8; 2] = [kind::STDOUT, kind::STDERR];
 struct End {
     exit: Exit,
     deadline: Instant,
-    over: bool, // the deadline has passed: what is missing waits for the host's credit, not for time
+    // The deadline has passed: what is missing waits for the host's credit, not for time.
+    over: bool,
 }
 
 /// One command.
@@ -92,7 +93,8 @@ impl Session {
     /// Sends its process group a signal, unless it is over.
     pub fn signal(&self, number: i32) {
         if self.end.is_none() && (1..=SIGNAL_MAX).contains(&number) {
-            // SAFETY: the call takes two integers, and our unreaped child keeps its group's number ours.
+            // SAFETY: the call takes two integers, and our unreaped child keeps its group's number
+            // ours.
             unsafe { libc::killpg(self.pid, number) };
         }
     }

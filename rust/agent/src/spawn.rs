@@ -172,7 +172,8 @@ fn prepare(command: &mut Command, tty: bool, limit: FileLimit) {
             }
         }
         for number in SIGNALS {
-            // SAFETY: it restores a default; for the numbers that can't be changed it fails and changes nothing.
+            // SAFETY: it restores a default; for the numbers that can't be changed it fails and
+            // changes nothing.
             unsafe { libc::signal(number, libc::SIG_DFL) };
         }
         let _ = setrlimit(Resource::RLIMIT_NOFILE, limit.soft, limit.hard);

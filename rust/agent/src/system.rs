@@ -104,7 +104,8 @@ fn credit_entropy(bytes: [u8; ENTROPY_LEN]) -> io::Result<()> {
         size: ENTROPY_LEN as i32,
         bytes,
     };
-    // SAFETY: the descriptor is open and the kernel only reads `pool`, whose size field is its array's length.
+    // SAFETY: the descriptor is open and the kernel only reads `pool`, whose size field is its
+    // array's length.
     unsafe { requests::add_entropy(device.as_raw_fd(), &pool) }?;
     // SAFETY: the request takes no argument and the descriptor is open.
     unsafe { requests::reseed(device.as_raw_fd()) }?;
@@ -175,7 +176,8 @@ pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
 
 /// Makes sure that no descriptor that the agent was started with reaches a command.
 pub fn seal_inherited_descriptors() {
-    // SAFETY: the call takes three integers and only sets flags on descriptors above the standard ones.
+    // SAFETY: the call takes three integers and only sets flags on descriptors above the standard
+    // ones.
     unsafe {
         libc::syscall(
             libc::SYS_close_range,

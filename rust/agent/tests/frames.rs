@@ -155,7 +155,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_stream_is_survived(stream in prop::collection::vec(prop_oneof![Just(0u8), Just(MAGIC[0]), any::<u8>()], 0..1024), piece in 1usize..512) {
+    fn any_stream_is_survived(
+        stream in prop::collection::vec(
+            prop_oneof![Just(0u8), Just(MAGIC[0]), any::<u8>()],
+            0..1024,
+        ),
+        piece in 1usize..512,
+    ) {
         decode_all(&stream, piece, |_| ());
     }
 
@@ -176,8 +182,13 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_never_passes(payload in prop::collection::vec(any::<u8>(), 0..200), at in any::<prop::sample::Index>(), bit in 0u8..8) {
-        let mut frame = encode(&Header { kind: kind::STDIN, seq: 1, ..Header::default() }, &payload);
+    fn a_flipped_bit_never_passes(
+        payload in prop::collection::vec(any::<u8>(), 0..200),
+        at in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
+        let header = Header { kind: kind::STDIN, seq: 1, ..Header::default() };
+        let mut frame = encode(&header, &payload);
         let index = at.index(frame.len());
         frame[index] ^= 1 << bit;
         let (frames, _) = collect(&frame, 4096);

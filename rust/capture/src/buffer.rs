@@ -1,10 +1,12 @@
 //! The capture buffer: where the pages of a frozen guest go, allocated and touched beforehand.
 //!
 //! Invariants:
-//! - Nothing is allocated while the guest stands, as long as the pages fit: the file's blocks and this
+//! - Nothing is allocated while the guest stands, as long as the pages fit: the file's blocks and
+//!   this
 //!   process's page tables are there before (`make`).
 //! - The head is written last, sealed. A buffer without a sealed head captured nothing.
-//! - What does not fit goes to the spill file, at the place where the finished capture file wants it.
+//! - What does not fit goes to the spill file, at the place where the finished capture file wants
+//!   it.
 //! - The file is on tmpfs: it outlives this process, and not the host.
 
 use std::fs::{File, OpenOptions};
@@ -55,10 +57,19 @@ impl CaptureBuffer {
     /// # Errors
     /// `AlreadyExists`, `StorageFull` when the tmpfs has no room; the file is gone then.
     pub fn make(path: &Path, capacity: u64, device_pages: u64) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
         let layout = CaptureLayout::for_pages(capacity.min(device_pages));
         allocate_and_map(&file, layout.size_bytes)
-            .map(|start| Self { start, layout, device_pages })
+            .map(|start| Self {
+                start,
+                layout,
+                device_pages,
+            })
             .inspect_err(|_| {
                 let _ = std::fs::remove_file(path);
             })
@@ -88,10 +99,18 @@ impl CaptureBuffer {
         copy_runs(pid, ram, &resident, self.part(pages_at, bytes))?;
         let list = list_bytes(runs);
         let (list_at, in_buffer) = (self.layout.list_offset, 8 * count_pages(&resident));
-        self.part(list_at, in_buffer).copy_from_slice(&list[..in_buffer as usize]);
+        self.part(list_at, in_buffer)
+            .copy_from_slice(&list[..in_buffer as usize]);
         let copied = Instant::now();
         if !spilled.is_empty() {
-            spill_runs(pid, ram, &spilled, page_count, spill, &list[in_buffer as usize..])?;
+            spill_runs(
+                pid,
+                ram,
+                &spilled,
+                page_count,
+                spill,
+                &list[in_buffer as usize..],
+            )?;
         }
         let spill_took = copied.elapsed();
         self.seal(page_count, &list);
@@ -112,7 +131,8 @@ impl CaptureBuffer {
             list_digest: *blake3::hash(list).as_bytes(),
             sums_digest: None,
         };
-        self.part(0, CAPTURE_HEAD_LEN as u64).copy_from_slice(&head.encode());
+        self.part(0, CAPTURE_HEAD_LEN as u64)
+            .copy_from_slice(&head.encode());
     }
 
     fn part(&mut self, offset: u64, length: u64) -> &mut [u8] {
@@ -120,7 +140,10 @@ impl CaptureBuffer {
         // SAFETY: the part lies inside the mapping (asserted), which lives as long as `self` and is
         // borrowed mutably through it.
         unsafe {
-            std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset as usize), length as usize)
+            std::slice::from_raw_parts_mut(
+                self.start.as_ptr().add(offset as usize),
+                length as usize,
+            )
         }
     }
 }
@@ -166,7 +189,8 @@ fn list_bytes(runs: &[Run]) -> Vec<u8> {
     list
 }
 
-/// Writes the pages that did not fit, and their part of the list, where the finished capture file of
+/// Writes the pages that did not fit, and their part of the list, where the finished capture file
+/// of
 /// `page_count` pages has them.
 fn spill_runs(
     pid: i32,
@@ -176,7 +200,11 @@ fn spill_runs(
     spill: &Path,
     list: &[u8],
 ) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(spill)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(spill)?;
     let layout = CaptureLayout::for_pages(page_count);
     let mut position = page_count - count_pages(runs);
     file.write_all_at(list, layout.list_entry(position))?;
@@ -204,15 +232,27 @@ mod tests {
         let directory = tempfile::tempdir().expect("directory");
         let memory: Vec<u8> = (0..300u32 * 4096).map(|at| (at / 4096) as u8).collect();
         let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
-        let ram = RamRange { start, end: start + 256 * PAGE_SIZE };
+        let ram = RamRange {
+            start,
+            end: start + 256 * PAGE_SIZE,
+        };
         let first_byte = memory[(start - memory.as_ptr() as u64) as usize];
-        let singles: Vec<Run> =
-            [3u64, 4, 5, 90, 200, 255].iter().map(|page| Run { first: *page, count: 1 }).collect();
+        let singles: Vec<Run> = [3u64, 4, 5, 90, 200, 255]
+            .iter()
+            .map(|page| Run {
+                first: *page,
+                count: 1,
+            })
+            .collect();
         let runs = merge_runs(&singles, &[]);
-        let (path, spill) = (directory.path().join("buffer"), directory.path().join("spill"));
+        let (path, spill) = (
+            directory.path().join("buffer"),
+            directory.path().join("spill"),
+        );
         let mut buffer = CaptureBuffer::make(&path, 4, 256).expect("made");
-        let filled =
-            buffer.fill(std::process::id() as i32, ram, &runs, &spill).expect("filled");
+        let filled = buffer
+            .fill(std::process::id() as i32, ram, &runs, &spill)
+            .expect("filled");
         assert_eq!((filled.page_count, filled.spilled_pages), (6, 2));
         let bytes = std::fs::read(&path).expect("buffer");
         let head = CaptureHead::decode(&bytes, bytes.len() as u64).expect("head");
@@ -230,11 +270,19 @@ mod tests {
     #[test]
     fn a_buffer_that_cannot_be_filled_is_not_sealed() {
         let directory = tempfile::tempdir().expect("directory");
-        let (path, spill) = (directory.path().join("buffer"), directory.path().join("spill"));
+        let (path, spill) = (
+            directory.path().join("buffer"),
+            directory.path().join("spill"),
+        );
         let mut buffer = CaptureBuffer::make(&path, 4, 16).expect("made");
-        let ram = RamRange { start: 4096, end: 17 * 4096 };
+        let ram = RamRange {
+            start: 4096,
+            end: 17 * 4096,
+        };
         let unmapped = [Run { first: 0, count: 1 }];
-        buffer.fill(std::process::id() as i32, ram, &unmapped, &spill).expect_err("unreadable");
+        buffer
+            .fill(std::process::id() as i32, ram, &unmapped, &spill)
+            .expect_err("unreadable");
         let bytes = std::fs::read(&path).expect("buffer");
         CaptureHead::decode(&bytes, bytes.len() as u64).expect_err("no head");
         CaptureBuffer::make(&path, 4, 16).expect_err("exists");

@@ -21,7 +21,10 @@ const PARALLEL_BYTES_MIN: usize = 16 << 20;
 /// # Errors
 /// What the kernel said (`ESRCH` when the VMM is gone), or `UnexpectedEof` on no progress.
 pub fn copy_runs(pid: i32, ram: RamRange, runs: &[Run], into: &mut [u8]) -> io::Result<()> {
-    assert_eq!(into.len() as u64, crate::scan::count_pages(runs) * PAGE_SIZE);
+    assert_eq!(
+        into.len() as u64,
+        crate::scan::count_pages(runs) * PAGE_SIZE
+    );
     if into.len() < PARALLEL_BYTES_MIN {
         return copy_serial(pid, ram, runs, into);
     }
@@ -31,7 +34,9 @@ pub fn copy_runs(pid: i32, ram: RamRange, runs: &[Run], into: &mut [u8]) -> io::
     std::thread::scope(|scope| {
         let second = scope.spawn(|| copy_serial(pid, ram, &tail, into_tail));
         let first = copy_serial(pid, ram, &head, into_head);
-        let second = second.join().map_err(|_| io::Error::other("a copying thread panicked"))?;
+        let second = second
+            .join()
+            .map_err(|_| io::Error::other("a copying thread panicked"))?;
         first.and(second)
     })
 }
@@ -43,10 +48,16 @@ pub fn split_runs(runs: &[Run], pages: u64) -> (Vec<Run>, Vec<Run>) {
         let taken = run.count.min(left);
         left -= taken;
         if taken > 0 {
-            head.push(Run { first: run.first, count: taken });
+            head.push(Run {
+                first: run.first,
+                count: taken,
+            });
         }
         if taken < run.count {
-            tail.push(Run { first: run.first + taken, count: run.count - taken });
+            tail.push(Run {
+                first: run.first + taken,
+                count: run.count - taken,
+            });
         }
     }
     (head, tail)
@@ -109,9 +120,11 @@ mod tests {
         fn runs_arrive_in_order_and_whole(
             pages in proptest::collection::btree_set(0u64..9000, 1..5000),
         ) {
-            let memory: Vec<u8> = (0..9001 * 4096u32).map(|i| (i / 4096 * 31 + i % 251) as u8).collect();
+            let byte = |at: u32| (at / 4096 * 31 + at % 251) as u8;
+            let memory: Vec<u8> = (0..9001 * 4096).map(byte).collect();
             let ram = own_ram(&memory);
-            let singles: Vec<Run> = pages.iter().map(|page| Run { first: *page, count: 1 }).collect();
+            let singles: Vec<Run> =
+                pages.iter().map(|page| Run { first: *page, count: 1 }).collect();
             let runs = crate::scan::merge_runs(&singles, &[]);
             let mut copied = vec![0u8; pages.len() * 4096];
             copy_runs(std::process::id() as i32, ram, &runs, &mut copied).expect("copied");
@@ -123,7 +136,10 @@ mod tests {
         }
 
         #[test]
-        fn a_split_loses_no_page(counts in proptest::collection::vec(1u64..20, 0..30), at in 0u64..400) {
+        fn a_split_loses_no_page(
+            counts in proptest::collection::vec(1u64..20, 0..30),
+            at in 0u64..400,
+        ) {
             let mut first = 0;
             let runs: Vec<Run> = counts.iter().map(|count| {
                 let run = Run { first, count: *count };
@@ -142,9 +158,13 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().expect("spawned");
         let pid = child.id() as i32;
         child.wait().expect("ended");
-        let ram = RamRange { start: 4096, end: 8192 };
+        let ram = RamRange {
+            start: 4096,
+            end: 8192,
+        };
         let mut page = [0u8; 4096];
-        let error = copy_runs(pid, ram, &[Run { first: 0, count: 1 }], &mut page).expect_err("gone");
+        let error =
+            copy_runs(pid, ram, &[Run { first: 0, count: 1 }], &mut page).expect_err("gone");
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
     }
 }

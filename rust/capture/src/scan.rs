@@ -105,7 +105,11 @@ impl MemoryFile {
     pub fn at(path: &str) -> io::Result<Self> {
         use std::os::unix::fs::MetadataExt;
         let found = std::fs::metadata(path)?;
-        Ok(Self { inode: found.ino(), device: found.dev(), path: path.to_owned() })
+        Ok(Self {
+            inode: found.ino(),
+            device: found.dev(),
+            path: path.to_owned(),
+        })
     }
 }
 
@@ -118,20 +122,28 @@ pub fn find_ram(pid: i32, file: &MemoryFile, size_bytes: u64) -> io::Result<RamR
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mut range: Option<RamRange> = None;
     for line in maps.lines() {
-        let Some(found) = parse_mapping(line, file) else { continue };
+        let Some(found) = parse_mapping(line, file) else {
+            continue;
+        };
         range = match range {
             None => Some(found),
-            Some(so_far) if so_far.end == found.start => {
-                Some(RamRange { start: so_far.start, end: found.end })
-            }
+            Some(so_far) if so_far.end == found.start => Some(RamRange {
+                start: so_far.start,
+                end: found.end,
+            }),
             Some(_) => return Err(invalid("guest RAM is mapped more than once")),
         };
     }
     let range = range.ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, "the VMM does not map the memory file")
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "the VMM does not map the memory file",
+        )
     })?;
     if range.end - range.start != size_bytes {
-        return Err(invalid("guest RAM is mapped with another size than recorded"));
+        return Err(invalid(
+            "guest RAM is mapped with another size than recorded",
+        ));
     }
     Ok(range)
 }
@@ -149,10 +161,18 @@ fn parse_mapping(line: &str, file: &MemoryFile) -> Option<RamRange> {
     let hex = |text: &str| u64::from_str_radix(text, 16).ok();
     let found_device = libc::makedev(hex(major)? as u32, hex(minor)? as u32);
     let same_place = found_device == file.device || line.ends_with(&file.path);
-    if found_inode != file.inode || !same_place {
+    let same = found_inode == file.inode && same_place;
+    // A file that was made anew at its place: whoever mapped the old one goes on with that.
+    let replaced = line
+        .strip_suffix(" (deleted)")
+        .is_some_and(|rest| rest.ends_with(&file.path));
+    if !same && !replaced {
         return None;
     }
-    Some(RamRange { start: hex(start)?, end: hex(end)? })
+    Some(RamRange {
+        start: hex(start)?,
+        end: hex(end)?,
+    })
 }
 
 /// The pages of `ram` that `rule` calls dirty, ascending, as maximal runs.
@@ -160,7 +180,10 @@ fn parse_mapping(line: &str, file: &MemoryFile) -> Option<RamRange> {
 /// # Errors
 /// What the kernel said; `PermissionDenied` (EPERM) under `Tracked` when nothing tracks the range.
 pub fn dirty_runs(pagemap: &File, ram: RamRange, rule: DirtyRule) -> io::Result<Vec<Run>> {
-    let mut arg = ScanArg { size: 96, ..ScanArg::default() };
+    let mut arg = ScanArg {
+        size: 96,
+        ..ScanArg::default()
+    };
     match rule {
         DirtyRule::Tracked => {
             arg.flags = SCAN_CHECK_WPASYNC;
@@ -204,7 +227,10 @@ pub fn rearm(pagemap: &File, ram: RamRange) -> io::Result<()> {
 /// # Errors
 /// What the kernel said, other than that nothing tracks the range or that it can't.
 pub fn is_tracked(pagemap: &File, ram: RamRange) -> io::Result<bool> {
-    let first = RamRange { start: ram.start, end: ram.start + PAGE_SIZE };
+    let first = RamRange {
+        start: ram.start,
+        end: ram.start + PAGE_SIZE,
+    };
     match dirty_runs(pagemap, first, DirtyRule::Tracked) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
@@ -307,7 +333,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn pages_of(runs: &[Run]) -> Vec<u64> {
-        runs.iter().flat_map(|run| run.first..run.first + run.count).collect()
+        runs.iter()
+            .flat_map(|run| run.first..run.first + run.count)
+            .collect()
     }
 
     proptest! {
@@ -329,14 +357,33 @@ mod tests {
     #[test]
     fn a_mapping_is_recognised_by_its_inode_and_its_device_or_path() {
         let line = "7f00a0000000-7f00c0000000 rw-p 00000000 fe:00 4242   /home/memory";
-        let file = MemoryFile { inode: 4242, device: libc::makedev(0xfe, 0), path: "/x".into() };
+        let file = MemoryFile {
+            inode: 4242,
+            device: libc::makedev(0xfe, 0),
+            path: "/x".into(),
+        };
         let range = parse_mapping(line, &file).expect("found by its device");
         assert_eq!(range.page_count(), 131_072);
-        let elsewhere = MemoryFile { device: libc::makedev(0, 51), ..file.clone() };
+        let elsewhere = MemoryFile {
+            device: libc::makedev(0, 51),
+            ..file.clone()
+        };
         assert_eq!(parse_mapping(line, &elsewhere), None);
-        let by_path = MemoryFile { path: "/home/memory".into(), ..elsewhere };
+        let by_path = MemoryFile {
+            path: "/home/memory".into(),
+            ..elsewhere
+        };
         assert!(parse_mapping(line, &by_path).is_some());
-        assert_eq!(parse_mapping(line, &MemoryFile { inode: 4243, ..by_path }), None);
+        assert_eq!(
+            parse_mapping(
+                line,
+                &MemoryFile {
+                    inode: 4243,
+                    ..by_path
+                }
+            ),
+            None
+        );
         assert_eq!(parse_mapping("garbage", &file), None);
     }
 
@@ -351,7 +398,10 @@ mod tests {
             memory.write(page, 1);
         }
         let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
-        let ram = RamRange { start: memory.0 as u64, end: memory.0 as u64 + size };
+        let ram = RamRange {
+            start: memory.0 as u64,
+            end: memory.0 as u64 + size,
+        };
         let runs = dirty_runs(&pagemap, ram, DirtyRule::Private).expect("scan");
         assert_eq!(pages_of(&runs), vec![0, 7, 8, 9, 63]);
         assert_eq!(anonymous_by_pread(&pagemap, ram).expect("pread"), runs);

@@ -20,11 +20,13 @@ struct PyGuestRam {
 
 fn rule_of(name: &str) -> PyResult<DirtyRule> {
     match name {
-        // Compared pages are the anonymous ones: under armed tracking that is a superset of what was
-        // written, and packing drops those that are the parent's.
+        // Compared pages are the anonymous ones: under armed tracking that is a superset of what
+        // was written, and packing drops those that are the parent's.
         "private" | "compared" => Ok(DirtyRule::Private),
         "tracked" => Ok(DirtyRule::Tracked),
-        _ => Err(PyValueError::new_err(format!("{name:?} is no dirty source"))),
+        _ => Err(PyValueError::new_err(format!(
+            "{name:?} is no dirty source"
+        ))),
     }
 }
 
@@ -35,7 +37,12 @@ impl PyGuestRam {
         let ram = scan::find_ram(pid, &MemoryFile::at(memory)?, size_bytes)?;
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
         let tracked = scan::is_tracked(&pagemap, ram)?;
-        Ok(Self { pid, ram, pagemap, tracked })
+        Ok(Self {
+            pid,
+            ram,
+            pagemap,
+            tracked,
+        })
     }
 
     #[getter]
@@ -53,7 +60,11 @@ impl PyGuestRam {
     }
 
     fn dirty_runs(&self, py: Python<'_>, rule: &str) -> PyResult<Vec<(u64, u64)>> {
-        Ok(self.runs(py, rule)?.iter().map(|run| (run.first, run.count)).collect())
+        Ok(self
+            .runs(py, rule)?
+            .iter()
+            .map(|run| (run.first, run.count))
+            .collect())
     }
 
     fn rearm(&self, py: Python<'_>) -> PyResult<()> {
@@ -114,12 +125,19 @@ impl PyCaptureBuffer {
         let began = Instant::now();
         let mut runs = ram.runs(py, rule)?;
         if !unmerged.is_empty() {
-            let earlier: Vec<Run> =
-                unmerged.into_iter().map(|(first, count)| Run { first, count }).collect();
+            let earlier: Vec<Run> = unmerged
+                .into_iter()
+                .map(|(first, count)| Run { first, count })
+                .collect();
             runs = scan::merge_runs(&runs, &earlier);
         }
-        if runs.last().is_some_and(|run| run.first + run.count > ram.ram.page_count()) {
-            return Err(PyValueError::new_err("a run lies behind the end of guest RAM"));
+        if runs
+            .last()
+            .is_some_and(|run| run.first + run.count > ram.ram.page_count())
+        {
+            return Err(PyValueError::new_err(
+                "a run lies behind the end of guest RAM",
+            ));
         }
         let scanned = began.elapsed();
         let filled = py.detach(|| self.buffer.fill(ram.pid, ram.ram, &runs, &spill))?;

@@ -62,7 +62,12 @@ fn read_environment() -> Option<Memory> {
     let path = CString::new(std::env::var_os("DIAPAUSE_MEMORY_PATH")?.into_vec()).ok()?;
     let fd = std::env::var("DIAPAUSE_MEMORY_FD").ok()?.parse().ok()?;
     let (device, inode) = identity(fd)?;
-    Some(Memory { path, fd, device, inode })
+    Some(Memory {
+        path,
+        fd,
+        device,
+        inode,
+    })
 }
 
 fn identity(fd: c_int) -> Option<(u64, u64)> {
@@ -78,7 +83,10 @@ fn identity(fd: c_int) -> Option<(u64, u64)> {
 }
 
 fn complain(what: &str) {
-    eprintln!("diapause-tracker: {what}: {}", std::io::Error::last_os_error());
+    eprintln!(
+        "diapause-tracker: {what}: {}",
+        std::io::Error::last_os_error()
+    );
 }
 
 /// The process's userfaultfd, opened at the first mapping; negative where the kernel refuses.
@@ -93,7 +101,11 @@ fn userfaultfd() -> c_int {
             return -1;
         }
         let features = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED;
-        let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
+        let mut api = UffdioApi {
+            api: UFFD_API,
+            features,
+            ioctls: 0,
+        };
         // SAFETY: `api` is the structure this request reads and writes, and outlives the call.
         if unsafe { libc::ioctl(fd, UFFDIO_API, &mut api) } != 0 {
             complain("asynchronous write-protect");
@@ -108,8 +120,12 @@ fn track(start: *mut c_void, length: usize) {
     if uffd < 0 {
         return;
     }
-    let mut range =
-        UffdioRegister { start: start as u64, len: length as u64, mode: REGISTER_MODE_WP, ioctls: 0 };
+    let mut range = UffdioRegister {
+        start: start as u64,
+        len: length as u64,
+        mode: REGISTER_MODE_WP,
+        ioctls: 0,
+    };
     // SAFETY: the range is the mapping that mmap has just returned; registering it for
     // write-protect changes no byte of it.
     if unsafe { libc::ioctl(uffd, UFFDIO_REGISTER, &mut range) } != 0 {

@@ -12,13 +12,9 @@ import signal
 from pathlib import Path
 
 from diapause.driver.base import ProcessRef
+from diapause.store.boot import boot_id
 
 _START_TIME_FIELD = 19  # of /proc/PID/stat, counted behind the command's closing bracket
-
-
-def boot_id() -> str:
-    """The running kernel's boot id."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def process_ref(pid: int) -> ProcessRef | None:

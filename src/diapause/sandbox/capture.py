@@ -16,6 +16,7 @@ know what was forgotten, and compares all of RAM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from typing import TYPE_CHECKING, ClassVar
@@ -25,8 +26,7 @@ import msgspec
 from diapause import _core
 from diapause.catalog import DeviceRecord, SnapshotRecord, now
 from diapause.driver.base import FreezePlan
-from diapause.driver.process import boot_id
-from diapause.driver.qemu.command import LAYOUT
+from diapause.driver.qemu.command import LAYOUT, guest_visible
 from diapause.driver.qemu.frozen import FrozenSectionFailed
 from diapause.driver.qemu.state import finish_state
 from diapause.errors import CaptureFailed, DiapauseError, NotEnoughSpace, NotSupportedYet
@@ -37,9 +37,11 @@ from diapause.limits import (
     GUEST_FREEZE_S,
 )
 from diapause.model import CaptureAnswer
+from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.verb import Verb, new_id
 from diapause.snapshot.capture import CaptureFiles, map_overlay
-from diapause.snapshot.packer import manifest_bytes
+from diapause.snapshot.manifest import manifest_bytes
+from diapause.store.boot import boot_id
 from diapause.store.files import (
     free_bytes,
     fsync_path,
@@ -246,6 +248,7 @@ class Capture(Verb):
             id=snapshot, name=self.request.name, sandbox=record.id, parent=record.snapshot,
             state="captured", durability=self.request.durability, created_at=now(),
             boot_id=boot_id(), image=record.image, identity=record.identity, layout=LAYOUT,
+            command_line=guest_visible(vmm_identity(record.identity), self.host.shape(record)),
             memory_bytes=record.memory_bytes, cpus=record.cpus, disks_bytes=record.disks_bytes,
             hostname=record.hostname, machine_id=record.machine_id, agent=record.agent,
             dirty_source=self.rule, dirty_pages=self.frozen.page_count,
@@ -295,17 +298,16 @@ class Capture(Verb):
     # -- failure ---------------------------------------------------------------------------------
 
     def undo(self, step: str, error: BaseException) -> None:
-        """Nothing stays of a failed capture but what the next one must add."""
+        """Nothing stays of a failed capture but what the next one must add; the guest goes on."""
         if self.committed:
             return
         self.buffer = None
+        self._let_go_on()
         frozen = getattr(self, "frozen", None)
         forgotten = frozen is not None and frozen.rearmed
         in_buffer = frozen is not None and not frozen.spilled_pages
         if forgotten and in_buffer:
             self.files.buffer.rename(self.unmerged)
-        elif forgotten:  # what an earlier capture left is not all of it: the next one compares
-            self.unmerged.unlink(missing_ok=True)
         elif forgotten:  # an older list alone would say too little: by the mark, all is compared
             self.unmerged.unlink(missing_ok=True)
         self.files.buffer.unlink(missing_ok=True)
@@ -316,6 +318,14 @@ class Capture(Verb):
                 (self.directory / name).unlink(missing_ok=True)
         if not self._marked_by_another() and (in_buffer or not forgotten):
             self.mark.unlink(missing_ok=True)
+
+    def _let_go_on(self) -> None:
+        with contextlib.suppress(DiapauseError):
+            if self.machine.alive() and self.machine.status() == "paused":
+                self.machine.thaw()
+        with contextlib.suppress(DiapauseError):
+            if self.quiesced:
+                self.guest.thaw_filesystems(GUEST_FREEZE_S)
 
     def _marked_by_another(self) -> bool:
         return self.mark.exists() and self.mark.read_text() != self.snapshot

@@ -14,6 +14,7 @@ from diapause.catalog import SandboxRecord, SnapshotRecord, now
 from diapause.errors import DiapauseError, SandboxNotFound
 from diapause.guest import images
 from diapause.guest.build import build_image
+from diapause.limits import AGENT_READY_S
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
@@ -262,7 +263,6 @@ class Engine:
         admit.check_fork(request)
         snapshot, phases = self._fork_source(request.source)
         check_snapshot(self._host, snapshot)
-        admit.check_memory(f"{request.count} forks", min(snapshot.memory_bytes, 1 << 28))
         forks = [self._new_fork(snapshot) for _ in range(request.count)]
         with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
             outcomes = list(pool.map(self._start_fork, forks))
@@ -318,8 +318,8 @@ class Engine:
         """Start a command in a running sandbox."""
         record = find_sandbox(self._catalog, reference)
         require(record, "exec", "running")
-        guest = self._guest(record)
-        return await guest.link.exec(request)
+        link = await self._guest(record).answering_link(AGENT_READY_S)
+        return await link.exec(request)
 
     # -- rows ------------------------------------------------------------------------------------
 

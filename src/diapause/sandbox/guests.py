@@ -37,6 +37,7 @@ class Guest:
         self._loop = loop
         self._watch: asyncio.Task[None] | None = None
         self._pidfd = -1
+        self._reconnecting = asyncio.Lock()
 
     def _await(self, work: Coroutine[Any, Any, Any], bound_s: float) -> Any:
         """Run a coroutine in the daemon's loop and wait for it here."""
@@ -55,6 +56,16 @@ class Guest:
         connection = self.machine.agent_socket(bound_s)
         attach = self.link.attach(connection, identity=identity, bound_s=bound_s)
         return self._await(attach, bound_s + 5.0)
+
+    async def answering_link(self, bound_s: float) -> Link:
+        """The link, connected again where it ended or never began; awaited in the loop."""
+        async with self._reconnecting:
+            if self.link.cause:
+                self.link = Link(self.sandbox)
+            if not self.link.attached and self.machine is not None:
+                connection = self.machine.agent_socket(bound_s)
+                await self.link.attach(connection, identity=None, bound_s=bound_s)
+        return self.link
 
     def detach(self) -> None:
         """The VMM is about to go: the sessions wait for the next one."""

@@ -46,15 +46,16 @@ class Host:
         self.home, self.loop = home, loop
         self.catalog = Catalog(home.catalog)
         self.templates, self.leases, self.locks = Templates(home), Leases(), SandboxLocks()
-        self.packer = Packer(home, self.catalog, self.templates, self.leases)
         self.flats = FlatStore(home, self.catalog, self.templates, self.leases)
+        self.packer = Packer(home, self.catalog, self.templates, self.leases, self.flats)
         self.driver = QemuDriver(home, tracker_path())
         self.guests: dict[str, Guest] = {}
         self.parked: dict[str, Link] = {}  # links of paused sandboxes: their sessions wait
         self.tracked = tracker_path() is not None
         # One thread: parents are packed before children, and packing never competes with itself.
         self._background = ThreadPoolExecutor(1, "diapause-pack")
-        self._beside = ThreadPoolExecutor(8, "diapause-aside")
+        self._beside = ThreadPoolExecutor(8, "diapause-beside")  # short work of a verb
+        self._watch = ThreadPoolExecutor(32, "diapause-watch")  # what may wait for a sandbox
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
         self._closing = False
@@ -85,11 +86,16 @@ class Host:
         """Do something short beside a verb; whoever asked waits for it before the verb ends."""
         return self._beside.submit(work)
 
+    def watch(self, work: Callable[[], None]) -> Future[None]:
+        """Do something that may have to wait for a guest; nobody waits for it."""
+        return self._watch.submit(work)
+
     def close(self) -> None:
         """Let go of everything; guests go on."""
         self._closing = True
         self._background.shutdown(wait=True, cancel_futures=True)
         self._beside.shutdown(wait=True)
+        self._watch.shutdown(wait=False, cancel_futures=True)
         for guest in list(self.guests.values()):
             guest.cut("the daemon is stopping")
             if guest.machine is not None:
@@ -100,7 +106,7 @@ class Host:
 
     def guest_ended(self, sandbox: str, reason: str) -> None:
         """A watcher saw the end of a guest; called in the loop, worked on in a thread."""
-        self._beside.submit(self._settle, sandbox, reason)
+        self.watch(lambda: self._settle(sandbox, reason))
 
     def _settle(self, sandbox: str, reason: str) -> None:
         try:

@@ -6,10 +6,8 @@ the guest where it is.
 
 from __future__ import annotations
 
-import contextlib
 from typing import ClassVar
 
-from diapause.errors import DiapauseError
 from diapause.sandbox.capture import Capture
 
 
@@ -56,11 +54,6 @@ class Pause(Capture):
         """Before the commit the guest goes on; after it the pause is finished by recovery."""
         if self.committed:
             return
-        with contextlib.suppress(DiapauseError):
-            if self.machine.alive() and self.machine.status() == "paused":
-                self.machine.thaw()
-            if self.quiesced:
-                self.guest.thaw_filesystems(5.0)
         super().undo(step, error)
         self.record.state = "running"
         self.host.catalog.put_sandbox(self.record)

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING
 
 from diapause import _core
 from diapause.driver.base import ProcessRef
-from diapause.driver.process import boot_id
 from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.frozen import top_node
-from diapause.errors import DiapauseError
+from diapause.errors import DiapauseError, SnapshotLost
 from diapause.limits import AGENT_READY_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.remove import Remove, end_orphan
 from diapause.snapshot.capture import CaptureFiles
+from diapause.store.boot import boot_id
 from diapause.store.files import remove_tree
 
 if TYPE_CHECKING:
@@ -54,7 +54,18 @@ def recover(host: Host) -> None:
             host.catalog.put_sandbox(record)
     for operation in host.catalog.open_operations():
         host.catalog.end(operation.id, "recovered")
+    _fail_lost_captures(host)
     _sweep_tmp(host)
+
+
+def _fail_lost_captures(host: Host) -> None:
+    """A capture that was never synced is not served after the host went down."""
+    for record in host.catalog.snapshots():
+        lost = record.durability == "process" and record.boot_id != boot_id()
+        if record.state == "captured" and lost:
+            record.state = "failed"
+            record.error = SnapshotLost(snapshot=record.id, cause="lost with the host").to_dict()
+            host.catalog.put_snapshot(record, durable=True)
 
 
 def _settle(host: Host, record: SandboxRecord, operation: Operation | None) -> None:
@@ -179,7 +190,7 @@ def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     host.guests[record.id] = guest
     guest.arm(host.guest_ended)
     if record.agent:
-        host.aside(lambda: _greet(guest))
+        host.watch(lambda: _greet(guest))
 
 
 def _greet(guest: Guest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from diapause.driver.qemu.command import LAYOUT
+from diapause.driver.qemu.command import LAYOUT, guest_visible
 from diapause.errors import SnapshotIncompatible, SnapshotLost
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.start import Start
@@ -25,6 +25,14 @@ def check_snapshot(host: Host, snapshot: SnapshotRecord) -> None:
         )
     needed = vmm_identity(snapshot.identity)
     host.driver.check(snapshot.id, needed, host.accelerators())
+    ours = guest_visible(needed, host.shape(snapshot))
+    if ours != snapshot.command_line:
+        [theirs, mine] = [" ".join(set(a) - set(b)) for a, b in (
+            (snapshot.command_line, ours), (ours, snapshot.command_line),
+        )]  # fmt: skip
+        raise SnapshotIncompatible(
+            snapshot=snapshot.id, part="command line", needed=theirs, found=mine
+        )
 
 
 class FromSnapshot(Start):

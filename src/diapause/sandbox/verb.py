@@ -12,8 +12,8 @@ import secrets
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from diapause.driver.process import boot_id
 from diapause.errors import DiapauseError
+from diapause.store.boot import boot_id
 
 if TYPE_CHECKING:
     from diapause.sandbox.host import Host
@@ -67,7 +67,12 @@ class Verb:
     def _fail(self, step: str, error: BaseException) -> None:
         code = error.code if isinstance(error, DiapauseError) else type(error).__name__
         log.warning("%s %s: failed at %s: %s", self.name, self.sandbox, step, error)
-        self.undo(step, error)
+        try:
+            self.undo(step, error)
+        except Exception:
+            # The operation stays open: recovery settles what could not be put back.
+            log.exception("%s %s: putting back", self.name, self.sandbox)
+            return
         self.host.catalog.end(self.operation, f"{step}: {code}")
 
     def undo(self, step: str, error: BaseException) -> None:

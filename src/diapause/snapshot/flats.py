@@ -22,7 +22,8 @@ from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing
 from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX
 from diapause.snapshot.headers import Headers
-from diapause.snapshot.packer import manifest_bytes
+from diapause.snapshot.manifest import manifest_bytes
+from diapause.store.boot import boot_id
 from diapause.store.files import (
     read_file,
     remove_tree,
@@ -59,6 +60,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class _Record(msgspec.Struct):
+    boot_id: str  # flat files are not synced: after a crash of the host they are made again
     files: dict[str, Seen]
     blobs: dict[str, Seen]
 
@@ -109,8 +111,9 @@ class FlatStore:
         if not known_path.exists():
             return None
         known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
-        if any(Seen.of(place / name) != seen for name, seen in known.files.items()):
-            return None  # touched since it was verified: made again
+        touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
+        if touched or known.boot_id != boot_id():
+            return None  # what was verified is not what is there: made again
         if (fresh := self._verify_touched(record, known)) is not known:
             replace_file(known_path, msgspec.json.encode(fresh), self._home.tmp, sync=False)
         return Flat({name: place / name for name in known.files}, made=False)
@@ -125,7 +128,7 @@ class FlatStore:
             if blobs.get(name) != seen:
                 self._verify_blob(record, blob)
                 blobs[name] = seen
-        return known if blobs == known.blobs else _Record(known.files, blobs)
+        return known if blobs == known.blobs else _Record(known.boot_id, known.files, blobs)
 
     def _verify_blob(self, record: SnapshotRecord, blob: Path) -> None:
         if blob.parent == self._home.builds:
@@ -163,13 +166,17 @@ class FlatStore:
         self, headers: Headers, record: SnapshotRecord, device: str
     ) -> tuple[str, str, str] | None:
         """The parent's flat file, when it is one that can be trusted."""
+        flat = self.of_parent(record, device)
+        header = headers.parent(record, device) if flat else None
+        if flat is None or header is None or header.captures:
+            return None
+        return str(flat), str(header.path), header.digest
+
+    def of_parent(self, record: SnapshotRecord, device: str) -> Path | None:
+        """The flat file of the parent's device, where there is one that can be trusted."""
         parent = self._catalog.snapshot(record.parent) if record.parent else None
-        if parent is None or self._usable(parent) is None:
-            return None
-        header = headers.of(parent, device)
-        if header.captures:
-            return None
-        return str(self._home.flat_of(parent.id) / device), str(header.path), header.digest
+        flat = self._usable(parent) if parent is not None else None
+        return flat.files[device] if flat is not None else None
 
     def _remember(self, record: SnapshotRecord, place: Path) -> None:
         files = {d.name: Seen.of(place / d.name) for d in record.devices}
@@ -177,7 +184,7 @@ class FlatStore:
         blobs = {
             str(blob.relative_to(self._home.root)): seen for blob, seen in found.items() if seen
         }
-        data = msgspec.json.encode(_Record({n: s for n, s in files.items() if s}, blobs))
+        data = msgspec.json.encode(_Record(boot_id(), {n: s for n, s in files.items() if s}, blobs))
         write_file(place / "flat.json", data, sync=False)
 
     def device_state(self, record: SnapshotRecord) -> Path:

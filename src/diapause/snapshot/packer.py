@@ -18,12 +18,14 @@ import msgspec
 from diapause import _core
 from diapause.snapshot.capture import CaptureFiles
 from diapause.snapshot.headers import Headers
+from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.files import fsync_path, remove_tree, storage_errors, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from diapause.catalog import Catalog, DeviceRecord, SnapshotRecord
+    from diapause.snapshot.flats import FlatStore
     from diapause.snapshot.leases import Leases
     from diapause.store.home import Home
     from diapause.store.templates import Templates
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 class Packer:
     """Packs captures of one home, one at a time: whoever calls it serialises."""
 
-    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
-        self._home, self._catalog = home, catalog
+    def __init__(
+        self, home: Home, catalog: Catalog, templates: Templates, leases: Leases, flats: FlatStore
+    ) -> None:
+        self._home, self._catalog, self._flats = home, catalog, flats
         self._templates, self._leases = templates, leases
 
     def pack(self, snapshot_id: str) -> SnapshotRecord:
@@ -108,10 +112,8 @@ class Packer:
         )
 
     def _parent_flat(self, record: SnapshotRecord, device: str) -> str | None:
-        if record.parent is None:
-            return None
-        flat = self._home.flat_of(record.parent) / device
-        return str(flat) if flat.exists() else None
+        flat = self._flats.of_parent(record, device)
+        return str(flat) if flat is not None else None
 
     def _remove_capture(self, snapshot_id: str) -> None:
         files = CaptureFiles(self._home, snapshot_id)
@@ -122,10 +124,3 @@ class Packer:
 
 def _at_least_disk(record: SnapshotRecord) -> str:
     return "disk" if record.durability == "process" else record.durability
-
-
-def manifest_bytes(record: SnapshotRecord) -> bytes:
-    """A snapshot's manifest: its record without the name, which may change."""
-    return msgspec.json.format(
-        msgspec.json.encode(msgspec.structs.replace(record, name=None)), indent=1
-    )

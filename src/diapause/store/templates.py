@@ -114,6 +114,7 @@ class Templates:
         options = "cluster_size=128k,extended_l2=on"
         _run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(fresh), str(size_bytes))
         fresh.chmod(0o400)
+        fsync_path(fresh)
         fresh.rename(template)
 
 

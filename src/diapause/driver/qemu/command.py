@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diapause.driver.base import StartPlan
+    from diapause.driver.base import Shape, StartPlan, VmmIdentity
 
 LAYOUT = 1
 PROGRAM = "qemu-system-x86_64"
@@ -42,18 +42,31 @@ def name_argument(home_key: str, sandbox: str) -> str:
     return f"guest=diapause-{home_key}-{sandbox},debug-threads=on"
 
 
-def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
-    """The arguments, the program first."""
-    identity, shape = plan.identity, plan.shape
+def guest_visible(identity: VmmIdentity, shape: Shape) -> list[str]:
+    """The part that a device state depends on: what a snapshot records and a resume compares."""
     return [
-        PROGRAM,
-        "-name", name_argument(home_key, plan.sandbox),
         "-M", f"{identity.machine},memory-backend=ram,usb=off,vmport=off,smbus=off,sata=off,"
               "i8042=off,suppress-vmdesc=on",
         "-accel", _ACCELERATORS[identity.accelerator],
         "-cpu", identity.cpu,
         "-smp", str(shape.cpus),
         "-m", f"{shape.memory_bytes >> 20}M",
+        "-device", "virtio-rng-pci,rng=rng0,addr=0x5",
+        "-device", "pvpanic-pci,addr=0x6",
+        "-device", "virtio-serial-pci,id=serial0,max_ports=4,addr=0x4",
+        "-device", f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        *[argument for index in range(len(shape.disks_bytes)) for argument in (
+            "-device", f"virtio-blk-pci,id=disk{index},drive=disk{index}-top,addr={0x8 + index:#x}",
+        )],
+    ]  # fmt: skip
+
+
+def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
+    """The arguments, the program first."""
+    identity, shape = plan.identity, plan.shape
+    return [
+        PROGRAM,
+        "-name", name_argument(home_key, plan.sandbox),
         "-bios", BIOS,
         "-nodefaults", "-no-user-config", "-nographic",
         "-action", "reboot=shutdown,shutdown=pause,panic=pause",
@@ -61,11 +74,10 @@ def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
         "-object", f"memory-backend-file,id=ram,size={shape.memory_bytes},"
                    f"mem-path={memory_path(fds)},share=off",
         *_monitors(fds),
-        *_serial(fds),
+        *_ports(fds),
         "-object", "rng-builtin,id=rng0",
-        "-device", "virtio-rng-pci,rng=rng0,addr=0x5",
-        "-device", "pvpanic-pci,addr=0x6",
         *_disks(plan, fds),
+        *_with_top_nodes(guest_visible(identity, shape), plan),
         "-sandbox", SANDBOX_OPTIONS,
         *_start(plan),
     ]  # fmt: skip
@@ -90,14 +102,12 @@ def _monitors(fds: Descriptors) -> list[str]:
     ]  # fmt: skip
 
 
-def _serial(fds: Descriptors) -> list[str]:
+def _ports(fds: Descriptors) -> list[str]:
     return [
         "-add-fd", f"fd={fds.console},set=1",
         "-chardev", "file,id=console,path=/dev/fdset/1,append=on",
         "-serial", "chardev:console",
-        "-device", "virtio-serial-pci,id=serial0,max_ports=4,addr=0x4",
         "-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off",
-        "-device", f"virtserialport,bus=serial0.0,nr=1,chardev=agent,name={AGENT_PORT}",
     ]  # fmt: skip
 
 
@@ -115,10 +125,18 @@ def _disks(plan: StartPlan, fds: Descriptors) -> list[str]:
             "-blockdev", f"driver=file,node-name={top}-file,filename=/dev/fdset/{first_set + 1}",
             "-blockdev", f"driver=qcow2,node-name={top},file={top}-file,backing={name}-base,"
                          "discard=unmap",
-            "-device", f"virtio-blk-pci,id={name},drive={top},addr={0x8 + index:#x}",
         ]  # fmt: skip
     assert len(fds.disks) == len(plan.disks)
     return arguments
+
+
+def _with_top_nodes(arguments: list[str], plan: StartPlan) -> list[str]:
+    """Each disk's present overlay in place of its placeholder."""
+    filled = arguments
+    for index, disk in enumerate(plan.disks):
+        top = f"drive={node_name(index, disk.overlay)},"
+        filled = [argument.replace(f"drive=disk{index}-top,", top) for argument in filled]
+    return filled
 
 
 def _start(plan: StartPlan) -> list[str]:
