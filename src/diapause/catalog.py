@@ -12,6 +12,7 @@ Used from many threads: each has a connection of its own.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from diapause.errors import HomeNewer, NameInUse
+from diapause.errors import HomeNewer, NameInUse, NotEnoughSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,11 +193,20 @@ class Catalog:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
-            except BaseException:
+                db.execute("COMMIT")
+            except BaseException as error:
                 if db.in_transaction:  # a full disk may have ended it
                     db.execute("ROLLBACK")
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                    raise self._full() from error
                 raise
-            db.execute("COMMIT")
+
+    def _full(self) -> NotEnoughSpace:
+        home = self._path.parent
+        return NotEnoughSpace(
+            what="The catalog", needed_bytes="more", directory=str(home),
+            available_bytes=shutil.disk_usage(home).free,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Close every connection."""
