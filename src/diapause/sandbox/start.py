@@ -119,11 +119,14 @@ class Start(Verb):
         if not record.agent:
             self.notes.append("no agent: clock, entropy and identity are as they were captured")
             return
-        identity = Identity(hostname=record.hostname, machine_id=record.machine_id)
         try:
-            self.guest.greet(identity, AGENT_READY_S if warm else AGENT_BOOT_S)
+            self.guest.greet(self.identity(), AGENT_READY_S if warm else AGENT_BOOT_S)
         except AgentUnreachable as error:
             self._without_agent(error, warm)
+
+    def identity(self) -> Identity | None:
+        """What the guest is called from now on; None where it knows."""
+        return Identity(hostname=self.record.hostname, machine_id=self.record.machine_id)
 
     def _without_agent(self, error: AgentUnreachable, warm: bool) -> None:
         """A boot fails without its agent; a guest that was resumed goes on, and it is said."""
