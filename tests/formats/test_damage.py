@@ -185,9 +185,7 @@ def test_arguments_that_contradict_each_other(chain: Chain) -> None:
 def test_a_header_that_still_maps_to_a_capture_has_no_packed_child(chain: Chain) -> None:
     source = _core.PageSource.capture(str(chain.capture({1: page_of(5)})))
     above, out = chain.steps[1], chain.directory / "provisional"
-    info = _core.provisional_header(
-        str(above.header), above.digest, source, "ef" * 32, str(out)
-    )
+    info = _core.provisional_header(str(above.header), above.digest, source, "ef" * 32, str(out))
     later = _core.PageSource.capture(str(chain.capture({2: page_of(6)})))
     with pytest.raises(ValueError, match="pack that first"):
         _core.pack(

@@ -107,9 +107,7 @@ def test_pages_that_do_not_compress_make_the_same_build_for_ever(tmp_path: Path)
     pages = {page: page_of(200 + page) for page in range(20)}
     source = _core.PageSource.capture(str(chain.capture(pages)))
     result = chain.pack(source, 0, chain.content_after(0, pages))
-    assert result.build_id == (
-        "7e6d15055a6843ae2c1106e293dac50185439800e741ddb556d27038f7da402b"
-    )
+    assert result.build_id == ("7e6d15055a6843ae2c1106e293dac50185439800e741ddb556d27038f7da402b")
     assert result.header_digest == (
         "1da9dbc6d6513da1c67d738e1ec3f6eb6a777eda53a7e9d558dbd7e0931af4ec"
     )

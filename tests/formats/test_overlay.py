@@ -56,9 +56,7 @@ def written_by(path: Path, base: Path, expected: Path) -> bytes:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_packed_overlay_is_what_the_guest_sees(
-    tmp_path: Path, options: str, seed: int
-) -> None:
+def test_a_packed_overlay_is_what_the_guest_sees(tmp_path: Path, options: str, seed: int) -> None:
     chain = Chain(tmp_path, DISK_BYTES // PAGE_SIZE)
     base, rng = base_disk(chain), random.Random(seed)
     commands = []
@@ -137,4 +135,3 @@ def test_a_map_of_another_disk_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BlobDamaged, match="shorter"):
         chain.pack(far, 0, b"")
     chain.assert_nothing_left()
-

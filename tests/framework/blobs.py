@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,23 +151,16 @@ class Chain:
         above = self.steps[step]
         under = None
         if base is not None:
-            under = self.steps[base]
+            step_below = self.steps[base]
+            under = (str(step_below.flat), str(step_below.header), step_below.digest)
         out = self.tmp / "flat"
         done = _core.materialize(
             str(above.header), above.digest, str(self.builds), str(out),
-            base=under and (str(under.flat), str(under.header), under.digest), threads=threads,
+            base=under, threads=threads,
         )  # fmt: skip
         content = out.read_bytes()
         out.unlink()
         return content, done
 
     def assert_nothing_left(self) -> None:
-        assert os.listdir(self.tmp) == []
-
-
-def changed_pages(old: bytes, new: bytes) -> Iterable[int]:
-    """The pages in which two devices differ."""
-    for page in range(len(new) // PAGE_SIZE):
-        at = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
-        if old[at] != new[at]:
-            yield page
+        assert list(self.tmp.iterdir()) == []

@@ -31,9 +31,7 @@ class Step(NamedTuple):
 def steps(page_count: int) -> st.SearchStrategy[list[Step]]:
     seed = st.sampled_from([-1, -1, 0, 0, 1, 2, 3, 100, 101, 102])
     writes = st.dictionaries(st.integers(0, page_count - 1), seed, max_size=page_count)
-    step = st.builds(
-        Step, st.integers(0, 5), writes, st.integers(0, page_count), st.booleans()
-    )
+    step = st.builds(Step, st.integers(0, 5), writes, st.integers(0, page_count), st.booleans())
     return st.lists(step, min_size=1, max_size=5)
 
 
@@ -100,11 +98,11 @@ def test_every_step_of_a_history_is_put_together_as_it_was(
         chain = Chain(Path(directory), page_count)
         for step in todo:
             run_step(chain, step)
-        for number, step in enumerate(chain.steps):
-            assert chain.materialize(number, threads=1 + number % 3)[0] == step.content
+        for number, done_step in enumerate(chain.steps):
+            assert chain.materialize(number, threads=1 + number % 3)[0] == done_step.content
             for base in range(len(chain.steps)):
                 content, done = chain.materialize(number, base)
-                assert content == step.content
+                assert content == done_step.content
                 if base == number:
                     assert done.written_bytes == 0
 

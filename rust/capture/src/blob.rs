@@ -22,6 +22,8 @@ pub struct NewFile {
     path: PathBuf,
     file: File,
     published: bool,
+    /// About how much it will take, for whoever finds the disk full.
+    needed_bytes: u64,
 }
 
 impl NewFile {
@@ -35,6 +37,7 @@ impl NewFile {
             path: path.to_owned(),
             file,
             published: false,
+            needed_bytes: 0,
         })
     }
 
@@ -52,6 +55,7 @@ impl NewFile {
                         path,
                         file,
                         published: false,
+                        needed_bytes: 0,
                     })
                 }
                 // Left by a process of this number that was killed.
@@ -71,6 +75,18 @@ impl NewFile {
         Self::create_in(directory_of(path), &format!("{name}.tmp"))
     }
 
+    /// Says about how much the file will take.
+    #[must_use]
+    pub fn needing(mut self, needed_bytes: u64) -> Self {
+        self.needed_bytes = needed_bytes;
+        self
+    }
+
+    /// What a failed write of it is.
+    pub fn write_failed(&self, cause: io::Error) -> Error {
+        Error::write_failed(&self.path, self.needed_bytes, cause)
+    }
+
     /// Where it is now.
     pub fn path(&self) -> &Path {
         &self.path
@@ -88,7 +104,7 @@ impl NewFile {
     pub fn sync(&self) -> Result<()> {
         self.file
             .sync_data()
-            .map_err(|cause| Error::write_failed(&self.path, 0, cause))
+            .map_err(|cause| self.write_failed(cause))
     }
 
     /// Gives a synced file its name, durably.
@@ -111,7 +127,7 @@ impl NewFile {
         match error {
             FormatError::Io(cause) => {
                 let cause = WriteFailed::unmark(cause).unwrap_or_else(|other| other);
-                Error::write_failed(&self.path, 0, cause)
+                self.write_failed(cause)
             }
             limit => Error::Invalid(limit.to_string()),
         }

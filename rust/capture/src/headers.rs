@@ -81,7 +81,7 @@ pub fn write_provisional(
 ) -> Result<HeaderSummary> {
     let mut reader = parent.open()?;
     check_device(source, reader.page_count())?;
-    let out = NewFile::create_for(path)?;
+    let out = NewFile::create_for(path)?.needing(header_bytes(source));
     let build = BuildRef {
         id: *capture,
         pages: source.data_pages(),
@@ -134,9 +134,14 @@ fn tell(error: FormatError, out: &NewFile, damaged: &impl Fn(FormatError) -> Err
         _ => return damaged(error),
     };
     match WriteFailed::unmark(error) {
-        Ok(cause) => Error::write_failed(out.path(), 0, cause),
+        Ok(cause) => out.write_failed(cause),
         Err(cause) => damaged(FormatError::Io(cause)),
     }
+}
+
+/// About how much the header of a capture takes beyond its parent's.
+pub(crate) fn header_bytes(source: &PageSource) -> u64 {
+    4096 + 16 * source.runs().len() as u64
 }
 
 pub(crate) fn check_device(source: &PageSource, page_count: u64) -> Result<()> {

@@ -20,7 +20,7 @@ use crate::builds::Builds;
 use crate::compare::{judge, Fate, Fates};
 use crate::error::{Error, Result};
 use crate::fetch::{Captures, Fetcher};
-use crate::headers::{check_device, write_over, zero_header, HeaderFile};
+use crate::headers::{check_device, header_bytes, write_over, zero_header, HeaderFile};
 use crate::parent::{ParentFlat, ParentPages, ParentThroughBuilds};
 use crate::source::{PageSource, SourceRun};
 use crate::threads::for_each_part;
@@ -124,6 +124,7 @@ fn pack_over<R: Read>(
     damaged: impl Fn(FormatError) -> Error,
 ) -> Result<Packed> {
     let build_file = NewFile::create_in(places.tmp, "build")?;
+    let build_file = build_file.needing(source.data_pages() * PAGE_SIZE as u64);
     let mut packer = Packer::new(&build_file)?;
     let mut done = 0;
     for batch in batches(source.runs()) {
@@ -135,7 +136,7 @@ fn pack_over<R: Read>(
     }
     assert_eq!(done, source.captured_pages());
     let (build, fates) = packer.finish()?;
-    let header_file = NewFile::create_in(places.tmp, "header")?;
+    let header_file = NewFile::create_in(places.tmp, "header")?.needing(header_bytes(source));
     let build_ref = BuildRef {
         id: build.id,
         pages: build.page_count,

@@ -94,7 +94,8 @@ fn main() {
     let index = decode(&bytes);
     let mut random = Random(7);
     let lookups = best_ms(|| {
-        (0..1_000_000).map(|_| index.lookup(random.next() % pages).map_or(0, |t| t.position)).sum::<u64>()
+        let found = (0..1_000_000).filter_map(|_| index.lookup(random.next() % pages));
+        found.map(|target| target.position).sum::<u64>()
     });
     println!(
         "{{\"extents\": {count}, \"bytes\": {}, \"encode_ms\": {:.2}, \"decode_ms\": {:.2}, \

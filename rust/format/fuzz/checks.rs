@@ -1,4 +1,5 @@
-//! What must hold for any bytes; fuzzed by the targets, replayed over the corpora by an ordinary test.
+//! What must hold for any bytes; fuzzed by the targets, replayed over the corpora by an ordinary
+//! test.
 
 use std::io::Cursor;
 

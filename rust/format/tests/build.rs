@@ -65,7 +65,9 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_never_a_build_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..300), keep in 0usize..9000) {
+    fn noise_is_never_a_build_and_never_a_panic(
+        noise in prop::collection::vec(any::<u8>(), 0..300), keep in 0usize..9000,
+    ) {
         let (summary, bytes) = write(&pages(&[1, 2, 3]));
         let mut mixed = bytes[..keep.min(bytes.len())].to_vec();
         mixed.extend(&noise);

@@ -85,7 +85,9 @@ proptest! {
     }
 
     #[test]
-    fn one_mapping_has_one_encoding_however_it_is_cut_and_numbered(model in models(60), turn in 1u32..11) {
+    fn one_mapping_has_one_encoding_however_it_is_cut_and_numbered(
+        model in models(60), turn in 1u32..11,
+    ) {
         let (summary, bytes) = encode(&model);
         let mut writer = HeaderWriter::new(Vec::new(), model.len() as u64).unwrap();
         let renumber = |number: u32| if number == 0 { 0 } else { (number + turn) % 12 + 1 };
@@ -101,14 +103,17 @@ proptest! {
 
     #[test]
     fn every_page_is_looked_up(model in models(40)) {
-        let index = HeaderIndex::load(HeaderReader::new(&encode(&model).1[..], None).unwrap()).unwrap();
+        let bytes = encode(&model).1;
+        let index = HeaderIndex::load(HeaderReader::new(&bytes[..], None).unwrap()).unwrap();
         for (page, place) in model.iter().enumerate() {
             let target = index.lookup(page as u64).unwrap();
-            let found = (!target.is_zero()).then(|| (index.build(target.build).id[0], target.position));
+            let id = |number| index.build(number).id[0];
+            let found = (!target.is_zero()).then(|| (id(target.build), target.position));
             prop_assert_eq!(found, *place);
         }
         prop_assert_eq!(index.lookup(model.len() as u64), None);
-        prop_assert_eq!(index.extents().map(|extent| extent.length).sum::<u64>(), model.len() as u64);
+        let covered = index.extents().map(|extent| extent.length).sum::<u64>();
+        prop_assert_eq!(covered, model.len() as u64);
     }
 
     #[test]
@@ -148,7 +153,9 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_never_a_header_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..400), keep in 0usize..300) {
+    fn noise_is_never_a_header_and_never_a_panic(
+        noise in prop::collection::vec(any::<u8>(), 0..400), keep in 0usize..300,
+    ) {
         let (_, bytes) = encode(&vec![Some((1, 5)), None, Some((2, 9)), Some((1, 6))]);
         let mut mixed = bytes[..keep.min(bytes.len())].to_vec();
         mixed.extend(&noise);
