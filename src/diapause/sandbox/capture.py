@@ -1,6 +1,6 @@
 """Capturing a sandbox: what pause and save have in common.
 
-    prepare   buffer, mark, next overlays; disks synced from outside; nothing is stopped
+    prepare   buffer, mark, next overlays; nothing is stopped
     freeze    the frozen section, one step: the VMM driver does all of it
     keep      files under captures/ID, as durable as was asked
     commit    the snapshot's row; from here on the capture is whole
@@ -17,7 +17,6 @@ know what was forgotten, and compares all of RAM.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from typing import TYPE_CHECKING, ClassVar
 
@@ -119,7 +118,6 @@ class Capture(Verb):
                 write_file(self.mark, (self.snapshot or "").encode(), sync=False, mode=0o600)
         if self.request.quiesce:
             self._quiesce()
-        self._sync_disks()
 
     def _need_space(self, estimate: int) -> None:
         """Refuse before anything stops what can't be kept afterwards."""
@@ -155,16 +153,6 @@ class Capture(Verb):
         except DiapauseError as error:
             self.notes.append(f"not quiesced: {error.message}")
 
-    def _sync_disks(self) -> None:
-        """Twice: the second one takes what came during the first, and leaves little to `stop`."""
-        for names in self.record.overlays:
-            fd = os.open(self.directory / names[-1], os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(fd)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-
     def do_freeze(self) -> None:
         """The frozen section."""
         assert self.buffer is not None
@@ -174,6 +162,7 @@ class Capture(Verb):
             rule=self.rule,
             unmerged=self._unmerged_runs(),
             spill=self.files.memory,
+            overlays=tuple(self.directory / names[-1] for names in self.record.overlays),
             next_overlays=tuple(self.directory / name for name in self.next_overlays),
             goes_on=self.goes_on,
         )

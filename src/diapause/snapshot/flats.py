@@ -21,7 +21,7 @@ import msgspec
 from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing
 from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX
-from diapause.snapshot.headers import Headers
+from diapause.snapshot.headers import Headers, damage_by_place
 from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.boot import boot_id
 from diapause.store.files import (
@@ -86,7 +86,7 @@ class FlatStore:
         """The flat files of a snapshot, made now where they are missing; verified either way."""
         with self._lock:
             making = self._making[record.id]
-        with making:
+        with making, damage_by_place(self._catalog):
             self._verify_small(record)
             if (found := self._usable(record)) is not None:
                 return found

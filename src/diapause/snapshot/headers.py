@@ -8,16 +8,17 @@ made when it is needed and never kept: the capture that it speaks of goes away o
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diapause import _core
-from diapause.errors import BlobMissing, SnapshotLost
+from diapause.errors import BlobDamaged, BlobMissing, SnapshotLost
 from diapause.snapshot.capture import CaptureFiles
 from diapause.store.templates import DeviceRoot
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from diapause.catalog import Catalog, SnapshotRecord
@@ -33,6 +34,20 @@ class DeviceHeader:
     path: Path
     digest: str
     captures: dict[str, _core.PageSource] = field(default_factory=dict)
+
+
+@contextmanager
+def damage_by_place(catalog: Catalog) -> Iterator[None]:
+    """A header that is damaged is known by its digest below: say where it lies."""
+    try:
+        yield
+    except BlobDamaged as error:
+        for record in catalog.snapshots():
+            for device in record.devices:
+                if device.header_digest and device.header_digest == error.fields.get("blob"):
+                    blob = f"snapshots/{record.id}/{device.name}.header"
+                    raise BlobDamaged(blob=blob, cause=error.fields.get("cause")) from error
+        raise
 
 
 class Headers:
