@@ -33,6 +33,7 @@ pub struct HeaderReader<R> {
     /// For each build, where its last extent in this block ended.
     continues: Vec<u64>,
     payload: Vec<u8>,
+    columns: Columns,
     block: Vec<Extent>,
     at: usize,
     next_page: u64,
@@ -51,44 +52,26 @@ fn not_canonical(what: &'static str) -> FormatError {
     FormatError::NotCanonical { what }
 }
 
-/// The three columns of an extents block, and how far each is read.
-struct Columns<'a> {
-    lengths: &'a [u8],
-    builds: &'a [u8],
-    deltas: &'a [u8],
-    at: [usize; 3],
-    /// Number of the build of the extent before, in this block.
-    last: Option<u64>,
+/// The decoded columns of an extents block.
+#[derive(Default)]
+struct Columns {
+    lengths: Vec<u64>,
+    builds: Vec<u64>,
+    deltas: Vec<u64>,
 }
 
-impl<'a> Columns<'a> {
-    fn new(payload: &'a [u8]) -> Result<Self> {
+impl Columns {
+    fn decode(&mut self, payload: &[u8], count: usize) -> Result<()> {
         let sizes = [12, 16, 20].map(|at| u32_at(payload, at) as usize);
         let body = &payload[EXTENTS_HEAD_LEN..];
-        exactly(
-            "length of the columns",
-            sizes.iter().map(|s| *s as u64).sum(),
-            body.len() as u64,
-        )?;
+        let total = sizes.iter().map(|size| *size as u64).sum();
+        exactly("length of the columns", total, body.len() as u64)?;
         let (lengths, rest) = body.split_at(sizes[0]);
         let (builds, deltas) = rest.split_at(sizes[1]);
-        Ok(Self {
-            lengths,
-            builds,
-            deltas,
-            at: [0; 3],
-            last: None,
-        })
-    }
-
-    fn check_consumed(&self) -> Result<()> {
-        let lengths = [self.lengths.len(), self.builds.len(), self.deltas.len()];
-        if self.at != lengths {
-            return Err(FormatError::NotCanonical {
-                what: "a column is longer than its extents",
-            });
-        }
-        Ok(())
+        varint::take_column(lengths, count, &mut self.lengths, "length of an extent")?;
+        varint::take_column(builds, count, &mut self.builds, "number of a build")?;
+        let mapped = self.builds.iter().filter(|number| **number != 0).count();
+        varint::take_column(deltas, mapped, &mut self.deltas, "position in a build")
     }
 }
 
@@ -131,6 +114,7 @@ impl<R: Read> HeaderReader<R> {
             used: 0,
             continues: vec![0],
             payload: Vec::new(),
+            columns: Columns::default(),
             block: Vec::with_capacity(BLOCK_EXTENTS),
             at: 0,
             next_page: 0,
@@ -276,21 +260,29 @@ impl<R: Read> HeaderReader<R> {
     }
 
     fn decode_extents(&mut self) -> Result<()> {
-        let payload = std::mem::take(&mut self.payload);
-        let count = self.begin_extents(&payload)?;
-        let mut columns = Columns::new(&payload)?;
-        for _ in 0..count {
-            let extent = self.decode_extent(&mut columns)?;
+        let count = self.begin_extents()?;
+        let mut columns = std::mem::take(&mut self.columns);
+        columns.decode(&self.payload, count)?;
+        let mut deltas = columns.deltas.iter();
+        let mut before = None;
+        for (length, number) in columns.lengths.iter().zip(&columns.builds) {
+            let extent = match number {
+                0 => self.decode_zeros(*length, before)?,
+                _ => {
+                    let delta = deltas.next().copied().unwrap_or_default();
+                    self.decode_mapped(*length, *number, delta, before)?
+                }
+            };
+            before = Some(*number);
             self.block.push(extent);
         }
-        columns.check_consumed()?;
-        self.end_extents()?;
-        self.payload = payload;
-        Ok(())
+        self.columns = columns;
+        self.end_extents()
     }
 
     /// Checks the head of an extents block and returns how many it has.
-    fn begin_extents(&mut self, payload: &[u8]) -> Result<usize> {
+    fn begin_extents(&mut self) -> Result<usize> {
+        let payload = &self.payload[..];
         if payload.len() < EXTENTS_HEAD_LEN {
             return Err(FormatError::Truncated {
                 part: "extents block",
@@ -335,36 +327,46 @@ impl<R: Read> HeaderReader<R> {
         Ok(())
     }
 
+    /// Checks the length of the next extent and returns its first page.
     #[inline(always)]
-    fn decode_extent(&mut self, columns: &mut Columns<'_>) -> Result<Extent> {
+    fn advance(&mut self, length: u64) -> Result<u64> {
         let page = self.next_page;
-        let length = varint::take(columns.lengths, &mut columns.at[0], "length of an extent")?;
         if length == 0 {
             return Err(not_canonical("an extent has no pages"));
         }
         at_most("length of an extent", length, self.page_count - page)?;
         self.next_page = page + length;
-        let number = varint::take(columns.builds, &mut columns.at[1], "number of a build")?;
-        let again = columns.last == Some(number);
-        columns.last = Some(number);
-        if number == 0 {
-            if again {
-                return Err(not_canonical(CONTINUES));
-            }
-            return Ok(Extent {
-                page,
-                length,
-                target: Target::ZERO,
-            });
+        Ok(page)
+    }
+
+    #[inline(always)]
+    fn decode_zeros(&mut self, length: u64, before: Option<u64>) -> Result<Extent> {
+        if before == Some(0) {
+            return Err(not_canonical(CONTINUES));
         }
+        Ok(Extent {
+            page: self.advance(length)?,
+            length,
+            target: Target::ZERO,
+        })
+    }
+
+    #[inline(always)]
+    fn decode_mapped(
+        &mut self,
+        length: u64,
+        number: u64,
+        delta: u64,
+        before: Option<u64>,
+    ) -> Result<Extent> {
+        let page = self.advance(length)?;
         if number > self.used.into() {
             // Numbers in the order of first use: a new one is the next one.
             let next = (u64::from(self.used) + 1).min(self.builds.len() as u64);
             at_most("number of a build", number, next)?;
             self.used = number as u32;
         }
-        let delta = varint::take(columns.deltas, &mut columns.at[2], "position in a build")?;
-        if again && delta == 0 {
+        if delta == 0 && before == Some(number) {
             return Err(not_canonical(CONTINUES));
         }
         let (build, pages) = (number as usize, self.limits[number as usize - 1]);

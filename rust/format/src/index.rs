@@ -7,6 +7,9 @@ use crate::extent::{Extent, Target};
 use crate::header::{BuildRef, HeaderSummary};
 use crate::header_read::HeaderReader;
 
+/// Extents that there is room for from the start.
+const ROOM_EXTENTS: u64 = 1 << 20;
+
 /// Every extent of one verified header.
 pub struct HeaderIndex {
     summary: HeaderSummary,
@@ -21,7 +24,11 @@ impl HeaderIndex {
     /// # Errors
     /// Whatever reading reports.
     pub fn load<R: Read>(mut from: HeaderReader<R>) -> Result<Self> {
-        let (mut starts, mut builds, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        // Room that is not used is never touched, and given back at the end.
+        let room = from.page_count().min(ROOM_EXTENTS) as usize;
+        let mut starts = Vec::with_capacity(room);
+        let mut builds = Vec::with_capacity(room);
+        let mut positions = Vec::with_capacity(room);
         loop {
             let extents = from.next_extents()?;
             if extents.is_empty() {
@@ -32,6 +39,9 @@ impl HeaderIndex {
             builds.extend(extents.iter().map(|extent| extent.target.build as u16));
             positions.extend(extents.iter().map(|extent| extent.target.position as u32));
         }
+        starts.shrink_to_fit();
+        builds.shrink_to_fit();
+        positions.shrink_to_fit();
         Ok(Self {
             summary: from.finish()?,
             starts,

@@ -26,6 +26,40 @@ pub(crate) fn take(from: &[u8], at: &mut usize, part: &'static str) -> Result<u6
     }
 }
 
+/// Reads a whole column of `count` values into `into`; the column has nothing else.
+///
+/// Most values have one byte, so eight of them are tried at once.
+pub(crate) fn take_column(
+    from: &[u8],
+    count: usize,
+    into: &mut Vec<u64>,
+    part: &'static str,
+) -> Result<()> {
+    const LONG: u64 = 0x8080_8080_8080_8080;
+    into.clear();
+    into.reserve(count);
+    let mut at = 0;
+    while into.len() < count {
+        if let Some(eight) = from[at..]
+            .first_chunk::<8>()
+            .filter(|_| count - into.len() >= 8)
+        {
+            if u64::from_le_bytes(*eight) & LONG == 0 {
+                into.extend(eight.iter().map(|byte| u64::from(*byte)));
+                at += 8;
+                continue;
+            }
+        }
+        into.push(take(from, &mut at, part)?);
+    }
+    if at != from.len() {
+        return Err(FormatError::NotCanonical {
+            what: "a column is longer than its extents",
+        });
+    }
+    Ok(())
+}
+
 fn take_long(from: &[u8], at: &mut usize, part: &'static str) -> Result<u64> {
     let mut value = 0u64;
     for step in 0..LEN_MAX {
@@ -73,6 +107,22 @@ mod tests {
             prop_assert_eq!(take(&bytes, &mut at, "value").unwrap(), value);
             prop_assert_eq!(unzigzag(take(&bytes, &mut at, "delta").unwrap()), delta);
             prop_assert_eq!(at, bytes.len());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_column_is_taken_as_its_values_are(
+            values in prop::collection::vec(prop_oneof![9 => 0u64..128, 1 => 0u64..1 << 35], 0..99),
+        ) {
+            let mut bytes = Vec::new();
+            values.iter().for_each(|value| put(&mut bytes, *value));
+            let mut taken = vec![7];
+            take_column(&bytes, values.len(), &mut taken, "column").unwrap();
+            prop_assert_eq!(&taken, &values);
+            bytes.push(1);
+            prop_assert!(take_column(&bytes, values.len(), &mut taken, "column").is_err());
+            prop_assert!(take_column(&bytes, values.len() + 2, &mut taken, "column").is_err());
         }
     }
 

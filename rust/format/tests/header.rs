@@ -118,7 +118,8 @@ proptest! {
 
     #[test]
     fn an_overwrite_is_what_a_list_of_pages_says(
-        parent in models(40), over in prop::collection::btree_map(0usize..300, any::<bool>(), 0..60),
+        parent in models(40),
+        over in prop::collection::btree_map(0usize..300, any::<bool>(), 0..60),
     ) {
         let over: Vec<_> = over.into_iter().filter(|(page, _)| *page < parent.len()).collect();
         let mut expected = parent.clone();
@@ -279,12 +280,31 @@ fn what_no_writer_makes_is_refused_behind_right_checksums() {
     refused(2, 24, 0, "no pages");
     refused(2, 24, 9, "length of an extent");
     refused(2, 27, 2, "number of a build");
-    refused(2, 27, 0, "continue each other");
+    refused(2, 27, 0, "column is longer");
     refused(2, 30, 1, "position in a build");
     refused(3, 0, 9, "total of extents");
     refused(3, 8, 9, "total of mapped pages");
     refused(3, 16, 9, "total of builds");
     refused(3, 24, 9, "digest");
+    // All three of build 1, one after the other.
+    let merged = encode(&vec![Some((1, 5)), Some((2, 6)), Some((1, 9))]).1;
+    let merged = with_block(&merged, 2, |payload| {
+        payload[28..33].copy_from_slice(&[1, 1, 10, 0, 0])
+    });
+    assert!(read(&merged)
+        .unwrap_err()
+        .to_string()
+        .contains("continue each other"));
+    let zeros = encode(&vec![None, Some((1, 5)), None]).1;
+    let zeros = with_block(&zeros, 2, |payload| {
+        payload[28] = 0;
+        payload[20] = 0;
+        payload.truncate(30);
+    });
+    assert!(read(&zeros)
+        .unwrap_err()
+        .to_string()
+        .contains("continue each other"));
     let doubled = with_block(&bytes, 1, |payload| payload.extend(payload.clone()));
     assert!(read(&doubled).unwrap_err().to_string().contains("twice"));
     let unused = with_block(&bytes, 1, |payload| payload.extend([9; 41]));
