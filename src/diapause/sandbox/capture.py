@@ -34,6 +34,7 @@ from diapause.limits import (
     CAPTURE_BUFFER_BYTES_MIN,
     DEVICE_STATE_BYTES_MAX,
     GUEST_FREEZE_S,
+    PACK_S,
 )
 from diapause.model import CaptureAnswer
 from diapause.sandbox.host import vmm_identity
@@ -191,6 +192,8 @@ class Capture(Verb):
     def do_keep(self) -> None:
         """Make the capture as durable as was asked."""
         sync = self.request.durability == "disk"
+        if sync:
+            self._keep_parent()
         with storage_errors("the capture", self.host.home.root, self._captured_bytes()):
             self._keep_state(sync)
             self._keep_disks(sync)
@@ -201,6 +204,24 @@ class Capture(Verb):
             if sync:
                 fsync_path(self.files.directory)
                 fsync_path(self.files.directory.parent)
+
+    def _keep_parent(self) -> None:
+        """What this capture is over has to be on the disk as well: a fork's save may not be yet."""
+        parent = self._unsynced_parent()
+        if parent is None:
+            return
+        self.host.behind(f"pack {parent}", lambda: self.host.packer.pack(parent)).result(PACK_S)
+        if self._unsynced_parent() is not None:
+            raise CaptureFailed(
+                sandbox=self.sandbox, step="keep", guest="goes on",
+                cause=f"its parent, snapshot {parent}, could not be brought to the disk",
+            )  # fmt: skip
+
+    def _unsynced_parent(self) -> str | None:
+        parent = self.host.catalog.snapshot(self.record.snapshot) if self.record.snapshot else None
+        if parent is None or parent.state != "captured" or parent.durability != "process":
+            return None
+        return parent.id
 
     def _captured_bytes(self) -> int:
         return self.frozen.page_count * PAGE_SIZE

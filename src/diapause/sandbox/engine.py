@@ -36,7 +36,7 @@ from diapause.sandbox import accelerator, admit, doctor, views
 from diapause.sandbox.host import Host, row_identity
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.recovery import recover
-from diapause.sandbox.refer import find_sandbox, find_snapshot
+from diapause.sandbox.refer import find_sandbox, find_snapshot, host_name
 from diapause.sandbox.remove import Remove
 from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
 from diapause.sandbox.states import require, wrong_state
@@ -146,7 +146,7 @@ class Engine:
         return SandboxRecord(
             id=sandbox, name=name, state="creating", created_at=now(), image=image,
             memory_bytes=memory_bytes, cpus=cpus, disks_bytes=[],
-            hostname=name or f"sandbox-{sandbox[:8]}", machine_id=secrets.token_hex(16),
+            hostname=host_name(name or f"sandbox-{sandbox[:8]}"), machine_id=secrets.token_hex(16),
         )  # fmt: skip
 
     def _put_new(self, record: SandboxRecord) -> None:

@@ -53,6 +53,8 @@ class Pause(Capture):
     def undo(self, step: str, error: BaseException) -> None:
         """Before the commit the guest goes on; after it the pause is finished by recovery."""
         if self.committed:
+            # Its VMM must never run again: the snapshot's disks are the overlays it has open.
+            self.left_to_recovery = True
             return
         super().undo(step, error)
         self.record.state = "running"

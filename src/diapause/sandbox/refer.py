@@ -28,6 +28,11 @@ def check_name(name: str | None) -> None:
         raise InvalidRequest(what=f"The name {name[:80]!r}", cause=cause)
 
 
+def host_name(name: str) -> str:
+    """A sandbox's name as a host name, which knows fewer characters."""
+    return name.replace("_", "-")
+
+
 def labels(rows: Sequence[SandboxRecord] | Sequence[SnapshotRecord]) -> str:
     """Ids and names for an error."""
     found = [f"{row.id} ({row.name})" if row.name else row.id for row in rows]

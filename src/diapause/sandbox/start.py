@@ -120,7 +120,8 @@ class Start(Verb):
             self.notes.append("no agent: clock, entropy and identity are as they were captured")
             return
         try:
-            self.guest.greet(self.identity(), AGENT_READY_S if warm else AGENT_BOOT_S)
+            welcome = self.guest.greet(self.identity(), AGENT_READY_S if warm else AGENT_BOOT_S)
+            self.notes += [f"the guest did not take its {cause}" for cause in welcome.failed]
         except AgentUnreachable as error:
             self._without_agent(error, warm)
 

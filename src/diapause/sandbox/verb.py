@@ -36,6 +36,7 @@ class Verb:
         self.host, self.sandbox, self.snapshot = host, sandbox, snapshot
         self.operation = new_id()
         self.phases_ms: dict[str, float] = {}
+        self.left_to_recovery = False  # too far to be undone: a failure leaves the operation open
         self.began = time.perf_counter()
 
     def __init_subclass__(cls) -> None:
@@ -72,6 +73,8 @@ class Verb:
         except Exception:
             # The operation stays open: recovery settles what could not be put back.
             log.exception("%s %s: putting back", self.name, self.sandbox)
+            return
+        if self.left_to_recovery:
             return
         self.host.catalog.end(self.operation, f"{step}: {code}")
 

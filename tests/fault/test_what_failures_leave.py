@@ -1,0 +1,159 @@
+"""Captures that failed or were killed: what is left of them is never taken for more than it is.
+
+No guest is needed: these are the decisions about marks, left-over buffers and rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
+from diapause.driver.base import Frozen
+from diapause.errors import CaptureFailed, SnapshotLost, StorageFailed
+from diapause.model import CaptureRequest
+from diapause.sandbox import recovery
+from diapause.sandbox.host import Host
+from diapause.sandbox.pause import Pause, Save
+from diapause.sandbox.refer import host_name
+from diapause.sandbox.resume import Boot, check_snapshot
+from diapause.store.boot import boot_id
+from diapause.store.home import Home
+
+SANDBOX, SNAPSHOT = "a" * 16, "b" * 16
+STANDING = SimpleNamespace(machine=SimpleNamespace(tracked=True, alive=lambda: False))
+IDENTITY = Identity("qemu", "7.2.22", "pc-q35-7.2", "qemu64", "tcg")
+
+
+@pytest.fixture
+def host(home: Home) -> Iterator[Host]:
+    """A home without guests."""
+    loop = asyncio.new_event_loop()
+    made = Host(home, loop)
+    home.sandbox(SANDBOX).mkdir()
+    yield made
+    made.close()
+    loop.close()
+
+
+def sandbox() -> SandboxRecord:
+    return SandboxRecord(
+        id=SANDBOX, name=None, state="running", created_at="2026-01-01T00:00:00.000Z", image="tiny",
+        memory_bytes=1 << 27, cpus=1, disks_bytes=[], hostname="a", machine_id="c" * 32,
+        identity=IDENTITY, captures=1,
+    )  # fmt: skip
+
+
+def save(host: Host) -> Save:
+    return Save(host, sandbox(), cast("Any", STANDING), CaptureRequest())
+
+
+def recover_killed(host: Host, verb: str) -> None:
+    operation = Operation(
+        id="d" * 16, verb=verb, sandbox=SANDBOX, snapshot=SNAPSHOT, boot_id="", steps=["freeze"]
+    )
+    recovery._drop_capture(host, sandbox(), cast("Any", None), operation)
+
+
+def test_a_second_failure_that_spilled_does_not_hide_behind_the_first(host: Host) -> None:
+    """The pages of the first are kept; those between the two are known to nobody."""
+    verb = save(host)
+    verb.mark.write_text(SNAPSHOT)
+    verb.unmerged.write_bytes(b"what the first capture left")
+    verb.frozen = Frozen(rearmed=True, spilled_pages=1)
+    verb.undo("keep", StorageFailed(what="the capture", cause="a test"))
+    assert save(host).rule == "compared"
+
+
+def test_a_killed_pause_takes_away_its_own_mark_alone(host: Host) -> None:
+    """A pause never re-arms; the save before it did."""
+    verb = save(host)
+    verb.mark.write_text("e" * 16)
+    recover_killed(host, "pause")
+    assert save(host).rule == "compared"
+    verb.mark.write_text(SNAPSHOT)
+    recover_killed(host, "pause")
+    assert save(host).rule == "tracked"
+
+
+def snapshot(durability: str, boot: str) -> SnapshotRecord:
+    return SnapshotRecord(
+        id=SNAPSHOT, name=None, sandbox=SANDBOX, parent=None, state="captured",
+        durability=durability, created_at="2026-01-01T00:00:00.000Z", boot_id=boot, image="tiny",
+        identity=IDENTITY, layout=1, memory_bytes=1 << 27, cpus=1, disks_bytes=[], hostname="a",
+        machine_id="c" * 32, agent=True, dirty_source="private", dirty_pages=0, frozen_ms=1.0,
+        state_bytes=0, state_digest="", devices=[], command_line=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("durability", "boot", "state"),
+    [
+        ("process", "an earlier one", "failed"),
+        ("process", None, "captured"),
+        ("disk", "an earlier one", "captured"),
+    ],
+)
+def test_a_capture_that_was_not_synced_is_lost_with_its_host(
+    host: Host, durability: str, boot: str | None, state: str
+) -> None:
+    """Rows carry the boot id: nothing that the host's end may have torn is ever resumed."""
+    host.catalog.put_snapshot(snapshot(durability, boot or boot_id()), durable=False)
+    recovery.recover(host)
+    found = host.catalog.snapshot(SNAPSHOT)
+    assert found is not None
+    assert found.state == state
+    if state == "failed":
+        with pytest.raises(SnapshotLost, match="lost with the host"):
+            check_snapshot(host, found)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_what_is_durable_stands_on_what_is_durable(
+    host: Host, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    """A pause to the disk first brings there what a fork's save left in memory, or fails."""
+
+    def pack(snapshot_id: str) -> SnapshotRecord:
+        packed = snapshot("disk", boot_id()) if packs else snapshot("process", boot_id())
+        assert snapshot_id == packed.id
+        host.catalog.put_snapshot(packed, durable=True)
+        return packed
+
+    host.catalog.put_snapshot(snapshot("process", boot_id()), durable=False)
+    monkeypatch.setattr(host.packer, "pack", pack)
+    verb = save(host)
+    verb.record.snapshot = SNAPSHOT
+    if packs:
+        verb._keep_parent()
+    else:
+        with pytest.raises(CaptureFailed, match="could not be brought to the disk"):
+            verb._keep_parent()
+
+
+def test_a_pause_that_fails_after_its_commit_is_left_to_recovery(host: Host) -> None:
+    """Its VMM holds the disks of a snapshot that is there: it must never be let go on."""
+    verb = Pause(host, sandbox(), cast("Any", STANDING), CaptureRequest())
+    host.catalog.begin(verb.operation, "pause", SANDBOX, SNAPSHOT, boot_id())
+    verb.committed = True
+    verb._fail("release", StorageFailed(what="the end of a VMM", cause="a test"))
+    assert [operation.id for operation in host.catalog.open_operations()] == [verb.operation]
+
+
+def test_what_a_guest_did_not_take_is_said(host: Host) -> None:
+    """A clock that could not be set, entropy that was refused: the answer has it."""
+    host.catalog.put_sandbox(sandbox())
+    verb = Boot(host, sandbox())
+    welcome = SimpleNamespace(failed=["clock: Operation not permitted"])
+    verb.guest = cast("Any", SimpleNamespace(greet=lambda identity, bound_s: welcome))
+    verb.do_greet()
+    assert verb.notes == ["the guest did not take its clock: Operation not permitted"]
+
+
+def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:
+    """Every name that a sandbox may have makes one that the agent takes."""
+    assert host_name("my_box.1") == "my-box.1"
