@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,6 +95,26 @@ class Tap:
     def wait_held(self) -> None:
         """Wait until the daemon has come to the place."""
         eventually("the daemon's coming to the tap", self._is_held, WAIT_S)
+
+    @contextlib.contextmanager
+    def stalled_after(self, verb: str, step: str) -> Iterator[None]:
+        """From this step of a verb on, the daemon waits to write its catalog until the block ends.
+
+        The step itself is taken meanwhile; the block should be short, for the daemon's patience is.
+        """
+        with self._open() as db:
+            found = (
+                "SELECT 1 FROM steps JOIN operations ON operation = operations.id "
+                "WHERE ended_at IS NULL AND verb = ? AND step = ?"
+            )
+            deadline = time.monotonic() + WAIT_S
+            while not db.execute(found, (verb, step)).fetchone():  # as often as can be
+                assert time.monotonic() < deadline, f"{verb} did not come to {step}"
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            finally:
+                db.execute("ROLLBACK")
 
     def _is_held(self) -> bool:
         try:

@@ -49,6 +49,11 @@ _COUNT = f"i=0; while :; do i=$((i+1)); echo $i >>{COUNTER}; usleep 50000; done"
 _facts: dict[str, str] = {}
 
 
+def known_facts() -> dict[str, str]:
+    """What was proved about this host so far."""
+    return dict(_facts)
+
+
 class Sandbox:
     """One sandbox of a home, by its id."""
 

@@ -1,0 +1,108 @@
+"""Memory and disk are of one instant: a writer that puts the same number on both, saved under load.
+
+Each number is first synced to the disk and then written to memory, so in every snapshot the disk
+is the memory's equal or exactly one ahead. It is read in a fork before and after the fork's caches
+are dropped, and the fork's disk, copied on the host, is clean once its journal is replayed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.framework.fake_home import eventually
+from tests.framework.sandbox import Daemon, Sandbox
+
+pytestmark = pytest.mark.vm
+
+SAVES, SAVES_SOAK = 12, 50
+AT_ONCE = 4
+WRITER = """
+n=0
+while :; do
+  n=$((n+1))
+  echo $n >/data/number.new; sync; mv /data/number.new /data/number; sync; echo $n >/tmp/number.new
+  mv /tmp/number.new /tmp/number
+done
+"""
+LOAD = """
+while :; do
+  head -c 3000000 /dev/urandom >/data/load; cat /data/load >/tmp/load
+  echo 3 >/proc/sys/vm/drop_caches
+done
+"""
+STOP = "for p in $(cat /tmp/pids); do kill -9 -$p; done; rm /tmp/pids"
+
+
+def numbers(guest: Sandbox) -> tuple[int, int]:
+    """What memory and disk say."""
+    memory, disk = guest.sh("cat /tmp/number /data/number").split()
+    return int(memory), int(disk)
+
+
+def start(guest: Sandbox, script: str) -> None:
+    """Start it in a process group that can be ended."""
+    guest.in_background(f"echo $$ >>/tmp/pids\n{script}")
+
+
+def save_and_fork(daemon: Daemon, guest: Sandbox, saves: int, place: Path) -> None:
+    """Save under load; fork what was saved, a few at a time."""
+    start(guest, WRITER)
+    start(guest, LOAD)
+    eventually("the first number", lambda: guest.exec("test", "-e", "/tmp/number").returncode == 0)
+    snapshots: list[str] = []
+    for number in range(saves):
+        saved = guest.save("disk" if number % 4 == 0 else "process")
+        assert saved.dirty_source == ("private" if number == 0 else "tracked")
+        snapshots.append(saved.snapshot)
+    guest.sh(STOP)
+    last = (0, 0)
+    for at in range(0, saves, AT_ONCE):
+        for snapshot in snapshots[at : at + AT_ONCE]:
+            with guest.forked(snapshot) as fork:
+                found = check_fork(fork)
+            assert found >= last, f"{snapshot} is of an earlier instant than its parent"
+            last = found
+            daemon.packed(snapshot)
+            check_disk(daemon.home.flat_of(snapshot) / "disk0", place)
+    assert last > (1, 1), "the writer did not get on"
+
+
+def check_fork(fork: Sandbox) -> tuple[int, int]:
+    """The numbers agree, with and without the caches; the writer is stopped first."""
+    fork.sh(STOP)
+    memory, disk = numbers(fork)
+    assert memory in (disk, disk - 1)
+    fork.sh("sync; echo 3 >/proc/sys/vm/drop_caches")
+    assert numbers(fork) == (memory, disk)
+    return memory, disk
+
+
+def check_disk(flat: Path, place: Path) -> None:
+    """A copy of the disk: the first check only replays the journal, the second finds nothing."""
+    copy = place / "disk"
+    shutil.copyfile(flat, copy)
+    replay = subprocess.run(
+        ["e2fsck", "-fy", "-E", "journal_only", str(copy)], capture_output=True, text=True
+    )
+    assert replay.returncode in (0, 1), replay
+    check = subprocess.run(["e2fsck", "-fn", str(copy)], capture_output=True, text=True)
+    assert check.returncode == 0, (replay.stdout, check.stdout)
+    copy.unlink()
+
+
+def test_saves_under_load_are_of_one_instant(
+    daemon: Daemon, guest: Sandbox, tmp_path: Path
+) -> None:
+    save_and_fork(daemon, guest, SAVES, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_fifty_saves_under_load_are_of_one_instant(
+    daemon: Daemon, guest: Sandbox, tmp_path: Path
+) -> None:
+    save_and_fork(daemon, guest, SAVES_SOAK, tmp_path)
