@@ -28,15 +28,15 @@ fn replay(name: &str, check: fn(&[u8])) {
 
 #[test]
 fn headers() {
-    replay("header", checks::header);
+    replay("read_header", checks::header);
 }
 
 #[test]
 fn builds() {
-    replay("build", checks::build);
+    replay("read_build", checks::build);
 }
 
 #[test]
 fn captures() {
-    replay("capture", checks::capture);
+    replay("read_capture", checks::capture);
 }
