@@ -32,20 +32,35 @@ fn extents(count: usize) -> Vec<Extent> {
     (0..count)
         .map(|at| {
             let length = random.run();
-            let build = if at % 2 == 0 { 1 + (random.next() % 64) as usize } else { 0 };
-            let target = Target { build: build as u32, position: positions[build] };
+            let build = if at % 2 == 0 {
+                1 + (random.next() % 64) as usize
+            } else {
+                0
+            };
+            let target = Target {
+                build: build as u32,
+                position: positions[build],
+            };
             if build != 0 {
                 positions[build] += length + random.next() % 3;
             }
             page += length;
-            Extent { page: page - length, length, target }
+            Extent {
+                page: page - length,
+                length,
+                target,
+            }
         })
         .collect()
 }
 
 fn build(number: u32) -> BuildRef {
     let id = *blake3::hash(&number.to_le_bytes()).as_bytes();
-    BuildRef { id, pages: 1 << 31, kind: BuildKind::Packed }
+    BuildRef {
+        id,
+        pages: 1 << 31,
+        kind: BuildKind::Packed,
+    }
 }
 
 fn encode(extents: &[Extent]) -> Vec<u8> {
@@ -80,7 +95,10 @@ fn best_ms<T>(mut work: impl FnMut() -> T) -> f64 {
 }
 
 fn main() {
-    let count = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(1_000_000);
+    let count = std::env::args()
+        .nth(1)
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(1_000_000);
     let extents = extents(count);
     let bytes = encode(&extents);
     let pages = extents.last().map_or(0, Extent::end);
@@ -88,7 +106,10 @@ fn main() {
         .map(|at| Extent {
             page: at * (pages / 512),
             length: 1,
-            target: Target { build: NEW_BUILD, position: at },
+            target: Target {
+                build: NEW_BUILD,
+                position: at,
+            },
         })
         .collect();
     let index = decode(&bytes);
