@@ -2,10 +2,11 @@
 
     python -m tests.framework.dirty_rounds HOME ROUNDS FACTS
 
-HOME is a home with the image `tiny`, FACTS what is known of the host, as JSON. A guest reads its disk, writes it, drops its caches and writes
-tmpfs, all at once. Each round freezes it, captures by the rule that holds, and reads all of guest
-RAM while it stands: every page that differs from the last instant must have been captured, with
-exactly the bytes that it has. One JSON line per round goes to stdout.
+HOME is a home with the image `tiny`, FACTS what is known of the host, as JSON. A guest reads its
+disk, writes it, drops its caches and writes tmpfs, all at once. Each round freezes it, captures by
+the rule that holds, and reads all of guest RAM while it stands: every page that differs from the
+last instant must have been captured, with exactly the bytes that it has. One JSON line per round
+goes to stdout.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class Rounds:
         record = engine.host.catalog.sandbox(sandbox)
         assert record is not None
         self.memory = engine.host.memory_file(record)
+        directory = home.sandbox(sandbox)
+        self.overlays = tuple(directory / name for [name] in record.overlays)
         self.last = bytes(MEMORY_BYTES)
 
     def take(self, number: int) -> Round:
@@ -102,7 +105,8 @@ class Rounds:
         state, spill = buffer.with_suffix(".state"), buffer.with_suffix(".spill")
         state.touch()
         plan = FreezePlan(
-            state=state, rule=rule, unmerged=[], spill=spill, next_overlays=(), goes_on=False,
+            state=state, rule=rule, unmerged=[], spill=spill, goes_on=False,
+            overlays=self.overlays, next_overlays=(),
             buffer=_core.CaptureBuffer(
                 str(buffer), MEMORY_BYTES // PAGE_SIZE, MEMORY_BYTES // PAGE_SIZE
             ),
