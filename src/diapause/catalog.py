@@ -72,6 +72,7 @@ class Identity(msgspec.Struct, frozen=True):
     machine: str
     cpu: str
     accelerator: str
+    processor: str = ""
 
 
 class SandboxRecord(msgspec.Struct, kw_only=True):

@@ -76,6 +76,7 @@ class RunAnswer(Answer):
     name: str | None
     ready_ms: float
     phases_ms: dict[str, float]
+    notes: list[str] = []
 
 
 class CaptureAnswer(Answer):

@@ -27,6 +27,7 @@ class VmmIdentity:
     machine: str
     cpu: str
     accelerator: str
+    processor: str = ""  # the host's own, where the guest sees it (`-cpu host`)
 
 
 @dataclass(frozen=True)
@@ -162,3 +163,6 @@ class Driver(Protocol):
 
     def find(self, sandbox: str) -> ProcessRef | None:
         """The machine of this sandbox that runs on this host, recorded or not."""
+
+    def all_processes(self) -> list[ProcessRef]:
+        """Every machine of this home that runs on this host."""

@@ -82,9 +82,9 @@ class Pidfd:
             self._fd = -1
 
 
-def find_by_argument(argument: str) -> list[ProcessRef]:
-    """Every process of ours whose command line has exactly this argument."""
-    wanted, found = argument.encode(), []
+def find_by_argument(start: str) -> list[ProcessRef]:
+    """Every process that has an argument which begins so."""
+    wanted, found = start.encode(), []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -92,6 +92,7 @@ def find_by_argument(argument: str) -> list[ProcessRef]:
             arguments = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if wanted in arguments and (process := process_ref(int(entry.name))):
+        named = any(argument.startswith(wanted) for argument in arguments)
+        if named and (process := process_ref(int(entry.name))):
             found.append(process)
     return found

@@ -35,7 +35,7 @@ from diapause.model import (
 from diapause.sandbox import accelerator, admit, doctor, views
 from diapause.sandbox.host import Host, row_identity
 from diapause.sandbox.pause import Pause, Save
-from diapause.sandbox.recovery import recover
+from diapause.sandbox.recovery import recover, settle
 from diapause.sandbox.refer import find_sandbox, find_snapshot, host_name
 from diapause.sandbox.remove import Remove
 from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
@@ -136,8 +136,9 @@ class Engine:
             verb = Boot(self._host, record)
             verb.execute()
         return RunAnswer(
-            sandbox=record.id, name=record.name, ready_ms=verb.elapsed_ms, phases_ms=verb.phases_ms
-        )
+            sandbox=record.id, name=record.name, ready_ms=verb.elapsed_ms,
+            phases_ms=verb.phases_ms, notes=verb.notes,
+        )  # fmt: skip
 
     def _new_record(
         self, name: str | None, image: str, memory_bytes: int, cpus: int
@@ -324,8 +325,13 @@ class Engine:
     # -- rows ------------------------------------------------------------------------------------
 
     def _reread(self, record: SandboxRecord) -> SandboxRecord:
+        """The row as it is under the lock; what a verb could not finish is settled first."""
         found = self._catalog.sandbox(record.id)
         assert found is not None
+        if found.state in ("creating", "pausing", "resuming", "removing"):
+            settle(self._host, found)
+            found = self._catalog.sandbox(record.id)
+            assert found is not None
         return found
 
     def _guest(self, record: SandboxRecord) -> Guest:

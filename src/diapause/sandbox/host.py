@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from diapause.catalog import Catalog, Identity
 from diapause.driver.base import Shape, VmmIdentity
@@ -163,13 +166,9 @@ def settle_end(host: Host, sandbox: str, reason: str) -> None:
 
 def vmm_identity(identity: Identity) -> VmmIdentity:
     """A row's identity as the driver's."""
-    return VmmIdentity(
-        identity.kind, identity.version, identity.machine, identity.cpu, identity.accelerator
-    )
+    return VmmIdentity(**msgspec.structs.asdict(identity))
 
 
 def row_identity(identity: VmmIdentity) -> Identity:
     """The driver's identity as a row's."""
-    return Identity(
-        identity.kind, identity.version, identity.machine, identity.cpu, identity.accelerator
-    )
+    return Identity(**dataclasses.asdict(identity))

@@ -28,6 +28,7 @@ from diapause.errors import DiapauseError, SnapshotLost
 from diapause.limits import AGENT_READY_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.remove import Remove, end_orphan
+from diapause.sandbox.sweep import end_strays, sweep
 from diapause.snapshot.capture import CaptureFiles
 from diapause.store.boot import boot_id
 from diapause.store.files import remove_tree
@@ -43,19 +44,19 @@ log = logging.getLogger("diapause.recovery")
 
 
 def recover(host: Host) -> None:
-    """Settle every sandbox; then pack what was captured and not packed."""
-    open_operations = {operation.sandbox: operation for operation in host.catalog.open_operations()}
+    """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
     for record in host.catalog.sandboxes():
         try:
-            _settle(host, record, open_operations.get(record.id))
+            settle(host, record)
         except DiapauseError as error:
             log.warning("recovery of %s: %s", record.id, error)
             record.state, record.error = "failed", error.to_dict()
             host.catalog.put_sandbox(record)
     for operation in host.catalog.open_operations():
-        host.catalog.end(operation.id, "recovered")
+        host.catalog.end(operation.id, "recovered")  # of sandboxes that are gone
     _fail_lost_captures(host)
-    _sweep_tmp(host)
+    end_strays(host)
+    sweep(host)
 
 
 def _fail_lost_captures(host: Host) -> None:
@@ -68,7 +69,9 @@ def _fail_lost_captures(host: Host) -> None:
             host.catalog.put_snapshot(record, durable=True)
 
 
-def _settle(host: Host, record: SandboxRecord, operation: Operation | None) -> None:
+def settle(host: Host, record: SandboxRecord) -> None:
+    """Bring one sandbox out of a verb that nobody is taking any further; nobody may hold it."""
+    operations = host.catalog.open_operations(record.id)
     if record.state == "creating":
         end_orphan(host, record.id)
         Remove(host, record).execute()
@@ -78,13 +81,16 @@ def _settle(host: Host, record: SandboxRecord, operation: Operation | None) -> N
     elif record.state == "removing":
         Remove(host, record).execute()
     elif record.state in ("running", "pausing"):
-        _settle_running(host, record, operation)
+        _settle_running(host, record, operations)
+    for operation in operations:
+        host.catalog.end(operation.id, "recovered")
 
 
-def _settle_running(host: Host, record: SandboxRecord, operation: Operation | None) -> None:
+def _settle_running(host: Host, record: SandboxRecord, operations: list[Operation]) -> None:
     machine = _adopt(host, record)
-    snapshot = operation.snapshot if operation else None
-    if record.state == "pausing" and snapshot is not None and record.snapshot == snapshot:
+    captures = [operation for operation in operations if operation.snapshot is not None]
+    committed = record.snapshot in [operation.snapshot for operation in captures]
+    if record.state == "pausing" and committed:
         if machine is not None:
             machine.kill()
         _paused(host, record)
@@ -93,8 +99,8 @@ def _settle_running(host: Host, record: SandboxRecord, operation: Operation | No
         gone = "lost with the host" if _of_another_boot(record) else "the VMM has ended"
         host.end(record, gone)
         return
-    if operation is not None and snapshot is not None:
-        if record.snapshot == snapshot:
+    for operation in captures:
+        if record.snapshot == operation.snapshot:
             _finish_capture(host, record, machine)
         else:
             _drop_capture(host, record, machine, operation)
@@ -202,6 +208,11 @@ def _greet(guest: Guest) -> None:
 
 
 def _paused(host: Host, record: SandboxRecord) -> None:
+    guest = host.guests.pop(record.id, None)
+    if guest is not None:  # of a pause under this daemon that could not be finished
+        host.parked[record.id] = guest.link
+        if guest.machine is not None:
+            guest.machine.close()
     directory = host.home.sandbox(record.id)
     for path in directory.glob("disk*.qcow2"):
         path.unlink()
@@ -209,12 +220,3 @@ def _paused(host: Host, record: SandboxRecord) -> None:
     record.state, record.process, record.root = "paused", None, None
     record.overlays, record.captures, record.tracker = [], 0, False
     host.catalog.put_sandbox(record)
-
-
-def _sweep_tmp(host: Host) -> None:
-    """What was being written when the last daemon died is worth nothing."""
-    for path in host.home.tmp.iterdir():
-        if path.is_dir():
-            remove_tree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -39,7 +39,12 @@ class Descriptors:
 
 def name_argument(home_key: str, sandbox: str) -> str:
     """The argument by which a machine of this home is known among all processes."""
-    return f"guest=diapause-{home_key}-{sandbox},debug-threads=on"
+    return f"{name_start(home_key)}{sandbox},debug-threads=on"
+
+
+def name_start(home_key: str) -> str:
+    """What that argument begins with for every machine of the home."""
+    return f"guest=diapause-{home_key}-"
 
 
 def guest_visible(identity: VmmIdentity, shape: Shape) -> list[str]:

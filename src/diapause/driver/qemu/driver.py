@@ -78,6 +78,7 @@ class QemuDriver:
             machine=self.machines()[0],
             cpu=command.CPU_MODELS[accelerator],
             accelerator=accelerator,
+            processor=host_processor() if accelerator == "kvm" else "",
         )
 
     def check(self, snapshot: str, needed: VmmIdentity, accelerators: tuple[str, ...]) -> None:
@@ -97,6 +98,8 @@ class QemuDriver:
             refuse("accelerator", needed.accelerator, ", ".join(accelerators))
         if needed.cpu != (known := command.CPU_MODELS[needed.accelerator]):
             refuse("CPU model", needed.cpu, known)
+        if needed.processor and needed.processor != (ours := host_processor()):
+            refuse("processor", needed.processor, ours)
 
     def start(self, plan: StartPlan) -> QemuMachine:
         """Spawn the process; its sockets take connections from the first moment on."""
@@ -167,6 +170,10 @@ class QemuDriver:
         found = find_by_argument(command.name_argument(self._home.key, sandbox))
         return found[0] if found else None
 
+    def all_processes(self) -> list[ProcessRef]:
+        """Every machine of this home that runs on this host."""
+        return find_by_argument(command.name_start(self._home.key))
+
 
 class _Handed:
     """Descriptors that a child inherits; ours are closed when it has them."""
@@ -194,6 +201,14 @@ class _Handed:
         path.chmod(0o600)
         self.numbers.append(listener.detach())
         return self.numbers[-1]
+
+
+def host_processor() -> str:
+    """The name of this host's processor: what a guest under `-cpu host` sees."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,0 +1,67 @@
+"""What belongs to nobody: processes and files that no row names, removed when a daemon starts.
+
+A row comes after the files it speaks of and goes before them, so a file without a row is of a verb
+that was killed. Shared data is not touched here: that is `gc`'s alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from diapause.driver.process import Pidfd
+from diapause.limits import VMM_EXIT_S
+from diapause.store.files import remove_tree
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.sweep")
+
+
+def end_strays(host: Host) -> None:
+    """End every VMM of this home that is not the recorded process of a sandbox."""
+    recorded = {
+        (record.process.pid, record.process.start_ticks)
+        for record in host.catalog.sandboxes()
+        if record.process is not None
+    }
+    for process in host.driver.all_processes():
+        if (process.pid, process.start_ticks) in recorded:
+            continue
+        log.warning("VMM process %d belongs to no sandbox: ended", process.pid)
+        pidfd = Pidfd(process)
+        pidfd.kill()
+        pidfd.wait(VMM_EXIT_S)
+        pidfd.close()
+
+
+def sweep(host: Host) -> None:
+    """Remove half-written files, captures without a row, and buffers of what is gone."""
+    home = host.home
+    captured = {row.id for row in host.catalog.snapshots() if row.state == "captured"}
+    running = {row.id for row in host.catalog.sandboxes() if row.process is not None}
+    known = {row.id for row in host.catalog.sandboxes()}
+    for path in home.tmp.iterdir():
+        _remove(path)
+    for path in home.captures.iterdir():
+        if path.name not in captured:
+            _remove(path)
+    for path in home.buffers.iterdir():
+        if path.name.split(".")[0] not in captured | running:
+            _remove(path)
+    for path in home.sandboxes.iterdir():
+        if path.name not in known:
+            _remove(path)
+    for path in home.flat.iterdir():
+        if not (path / "flat.json").exists():  # never finished; a cache, made again when needed
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
