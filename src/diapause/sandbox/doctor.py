@@ -1,7 +1,7 @@
 """doctor: what this host can do, proved by trying on a real guest.
 
-The cheap questions first; then one small guest is booted, saved, written to, saved again (were its
-writes tracked?), paused and resumed. What can't be tried says why and what would help.
+One small guest is booted, saved, saved again (were its writes tracked?), paused and resumed, in a
+scratch home under tmp/: nothing of it stays. What can't be tried says why and what would help.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ import shutil
 from typing import TYPE_CHECKING
 
 from diapause.errors import DiapauseError
+from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, Check, DoctorAnswer, ResumeRequest, RunRequest
 from diapause.sandbox.admit import available_memory
+from diapause.sandbox.verb import new_id
+from diapause.store.files import remove_tree
+from diapause.store.home import SCRATCH_START, Home
 from diapause.units import GIB, MIB, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diapause.guest.images import Image
     from diapause.sandbox.engine import Engine
 
+_IMAGE = "tiny"
 _MEMORY_BYTES, _DISK_BYTES = 128 * MIB, 64 * MIB
 _FREE_BYTES_MIN = 2 * GIB
 
 
 def examine(engine: Engine) -> DoctorAnswer:
     """Run every check."""
+    proved = _guest(engine)  # first: it also proves the accelerator
     checks = [
         _kernel(), _kvm(engine), _qemu(engine), _tools(), _buffers(engine), _space(engine),
-        _memory(), _tracker(engine),
+        _memory(), _tracker(engine), *proved,
     ]  # fmt: skip
-    checks += _guest(engine)
     return DoctorAnswer(checks=checks, daemon_pid=os.getpid(), pager_pid=None)
 
 
@@ -117,23 +123,58 @@ def _failed(name: str, error: DiapauseError, *, required: bool = True) -> Check:
 
 
 def _guest(engine: Engine) -> list[Check]:
-    """Boot, capture, track, resume; stops at the first that fails."""
-    checks: list[Check] = []
-    request = RunRequest(memory_bytes=_MEMORY_BYTES, disk_bytes=_DISK_BYTES, boot=True)
+    """Boot, capture, track, resume, in a home of its own, of which nothing stays."""
+    host = engine.host
     try:
-        ran = engine.run(request)
+        image = find_image(host.home, _IMAGE)
     except DiapauseError as error:
         return [_failed("boot", error)]
-    checks.append(Check(name="boot", ok=True, detail=f"agent after {ran.ready_ms:.0f} ms"))
+    scratch = Home.at(host.home.tmp / f"{SCRATCH_START}{new_id()}")
+    try:
+        return _in_scratch(engine, scratch, image)
+    finally:
+        for directory in (scratch.buffers, scratch.sockets, scratch.root):
+            remove_tree(directory)
+
+
+def _in_scratch(engine: Engine, scratch: Home, image: Image) -> list[Check]:
+    scratch.create()
+    place = scratch.image(_IMAGE)
+    place.mkdir(mode=0o700)
+    for file in image.directory.iterdir():
+        (place / file.name).hardlink_to(file)
+    trial = type(engine).open(scratch, engine.host.loop)
+    try:
+        key = engine.host.accelerator_key()
+        known = engine.host.catalog.fact(key)
+        if known is not None:
+            trial.host.catalog.remember(key, known)
+        checks = _attempts(trial)
+        engine.host.catalog.remember(key, trial.host.catalog.fact(key) or "tcg")
+        return checks
+    finally:
+        trial.close()
+
+
+def _attempts(trial: Engine) -> list[Check]:
+    """Stops at the first that fails."""
+    request = RunRequest(
+        image=_IMAGE, memory_bytes=_MEMORY_BYTES, disk_bytes=_DISK_BYTES, boot=True
+    )
+    try:
+        ran = trial.run(request)
+    except DiapauseError as error:
+        return [_failed("boot", error)]
+    checks = [Check(name="boot", ok=True, detail=f"agent after {ran.ready_ms:.0f} ms")]
     try:
         for name, attempt in _ATTEMPTS.items():
             try:
-                checks.append(attempt(engine, ran.sandbox))
+                checks.append(attempt(trial, ran.sandbox))
             except DiapauseError as error:
                 checks.append(_failed(name, error))
                 break
     finally:
-        engine.remove([ran.sandbox], force=True)
+        trial.remove([ran.sandbox], force=True)
     return checks
 
 

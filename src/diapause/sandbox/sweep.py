@@ -10,8 +10,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from diapause.driver.process import Pidfd
+from diapause.driver.qemu import QemuDriver
 from diapause.limits import VMM_EXIT_S
 from diapause.store.files import remove_tree
+from diapause.store.home import SCRATCH_START, Home
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,14 +30,22 @@ def end_strays(host: Host) -> None:
         for record in host.catalog.sandboxes()
         if record.process is not None
     }
-    for process in host.driver.all_processes():
-        if (process.pid, process.start_ticks) in recorded:
-            continue
+    scratch_homes = [Home(path) for path in host.home.tmp.glob(f"{SCRATCH_START}*")]
+    strays = [p for home in scratch_homes for p in QemuDriver(home, None).all_processes()]
+    strays += [
+        process
+        for process in host.driver.all_processes()
+        if (process.pid, process.start_ticks) not in recorded
+    ]
+    for process in strays:
         log.warning("VMM process %d belongs to no sandbox: ended", process.pid)
         pidfd = Pidfd(process)
         pidfd.kill()
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
+    for home in scratch_homes:
+        _remove(home.buffers)
+        _remove(home.sockets)
 
 
 def sweep(host: Host) -> None:

@@ -26,6 +26,8 @@ from pathlib import Path
 # The kernel's limit on a unix socket path is 108 bytes with its NUL; the longest name is ours.
 SOCKET_PATH_MAX = 107
 SOCKET_NAME_MAX = len("/run/") + 32 + len(".events")
+# What the name of a scratch home begins with: one under tmp/, of which nothing stays.
+SCRATCH_START = "doctor-"
 
 
 def default_home() -> Path:
