@@ -38,8 +38,9 @@ from diapause.limits import (
 )
 from diapause.model import CaptureAnswer
 from diapause.sandbox.host import vmm_identity
+from diapause.sandbox.rescue import thaw_if_it_stands, thaw_when_it_answers
 from diapause.sandbox.verb import Verb, new_id
-from diapause.snapshot.capture import CaptureFiles, map_overlay
+from diapause.snapshot.capture import CaptureFiles
 from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.boot import boot_id
 from diapause.store.files import (
@@ -249,7 +250,6 @@ class Capture(Verb):
                 place.hardlink_to(self.directory / name)
                 if sync:
                     fsync_path(place)
-                write_file(self.files.map_of(place), map_overlay(place), sync=sync)
 
     def _snapshot_record(self) -> SnapshotRecord:
         record, snapshot = self.record, self.snapshot
@@ -330,9 +330,10 @@ class Capture(Verb):
             self.mark.unlink(missing_ok=True)
 
     def _let_go_on(self) -> None:
-        with contextlib.suppress(DiapauseError):
-            if self.machine.alive() and self.machine.status() == "paused":
-                self.machine.thaw()
+        try:
+            thaw_if_it_stands(self.machine)
+        except DiapauseError:
+            self.host.watch(lambda: thaw_when_it_answers(self.host, self.sandbox))
         with contextlib.suppress(DiapauseError):
             if self.quiesced:
                 self.guest.thaw_filesystems(GUEST_FREEZE_S)

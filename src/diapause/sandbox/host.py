@@ -89,7 +89,7 @@ class Host:
         """Do something short beside a verb; whoever asked waits for it before the verb ends."""
         return self._beside.submit(work)
 
-    def watch(self, work: Callable[[], None]) -> Future[None]:
+    def watch(self, work: Callable[[], object]) -> Future[object]:
         """Do something that may have to wait for a guest; nobody waits for it."""
         return self._watch.submit(work)
 

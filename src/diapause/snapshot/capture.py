@@ -4,7 +4,6 @@
                 device-state       loadable
                 memory             capture file; or, until it is written out, only what spilled
                 disk0.N.qcow2      a frozen overlay, a hard link; N counts from the oldest
-                disk0.N.map        what it holds, as `qemu-img map` says
     BUFFERS/ID.memory              the capture buffer, gone once `memory` is whole
 
 A device may have several layers: a save that failed after it had switched the overlays leaves one
@@ -53,10 +52,6 @@ class CaptureFiles:
         """A frozen overlay of a disk."""
         return self.directory / f"{device}.{layer}.qcow2"
 
-    def map_of(self, overlay: Path) -> Path:
-        """What `qemu-img map` said of it."""
-        return overlay.with_suffix(".map")
-
     def layers(self, record: SnapshotRecord, device: str) -> list[Layer]:
         """The device's captures, oldest first."""
         if device == "memory":
@@ -82,9 +77,7 @@ class CaptureFiles:
         return _core.PageSource.capture(str(self.memory))
 
     def _disk(self, overlay: Path, size_bytes: int) -> _core.PageSource:
-        recorded = self.map_of(overlay)
-        map_json = recorded.read_bytes() if recorded.exists() else map_overlay(overlay)
-        return _core.PageSource.overlay(str(overlay), map_json, pages(size_bytes))
+        return _core.PageSource.overlay(str(overlay), map_overlay(overlay), pages(size_bytes))
 
 
 def map_overlay(overlay: Path) -> bytes:
