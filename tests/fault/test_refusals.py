@@ -18,7 +18,8 @@ from diapause.catalog import Catalog, SnapshotRecord
 from diapause.limits import MEMORY_BYTES_MAX
 from diapause.model import CaptureRequest, ForkRequest, RunRequest
 from diapause.units import GIB, MIB
-from tests.framework.sandbox import Aside, Daemon, Sandbox
+from tests.framework.fake_home import eventually
+from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
 
@@ -47,10 +48,21 @@ def refused(daemon: Daemon, kind: type[errors.DiapauseError]) -> Iterator[list[s
     assert what_is_there(daemon) == before
 
 
-def wait_packed(daemon: Daemon) -> None:
-    """Packing goes on behind the verbs: wait, or it would look like a change."""
+def wait_settled(daemon: Daemon) -> None:
+    """Packing and flat files go on behind the verbs: wait, or they would look like a change."""
+    home = daemon.home
     for snapshot in daemon.client.snapshots():
         daemon.packed(snapshot.id)
+    for row in daemon.client.sandboxes(everything=True):
+        if row.state == "paused":
+            flat = home.flat_of(row.snapshot or "") / "flat.json"
+            eventually("the flat files", flat.exists, WAIT_S)
+    being_written = (home.tmp, home.captures)
+    eventually(
+        "the end of the packing",
+        lambda: not [path for place in being_written for path in place.iterdir()],
+        WAIT_S,
+    )
 
 
 # -- ids and names ---------------------------------------------------------------------------------
@@ -70,7 +82,7 @@ def test_an_unknown_id_lists_the_candidates(daemon: Daemon, booted: Sandbox) -> 
 
 def test_an_unknown_snapshot_lists_the_candidates(daemon: Daemon, booted: Sandbox) -> None:
     saved = booted.save()
-    wait_packed(daemon)
+    wait_settled(daemon)
     with refused(daemon, errors.SnapshotNotFound) as said:
         daemon.fork("nothing")
     assert saved.snapshot in said[0]
@@ -79,7 +91,7 @@ def test_an_unknown_snapshot_lists_the_candidates(daemon: Daemon, booted: Sandbo
 def test_an_ambiguous_id_lists_the_candidates(daemon: Daemon, booted: Sandbox) -> None:
     """Enough forks that two ids begin with the same digit."""
     forks = booted.fork(2)
-    wait_packed(daemon)
+    wait_settled(daemon)
     try:
         twins = add_twin_rows(daemon, booted.id)
         with refused(daemon, errors.AmbiguousReference) as said:
@@ -110,7 +122,7 @@ def test_a_name_in_use(daemon: Daemon, booted: Sandbox) -> None:
     """Of a sandbox and of a snapshot."""
     named = daemon.run("taken")
     saved = named.save(name="kept")
-    wait_packed(daemon)
+    wait_settled(daemon)
     with refused(daemon, errors.NameInUse) as said:
         daemon.run("taken")
     assert named.id in said[0]
@@ -139,7 +151,7 @@ def test_a_name_is_given_once_however_many_ask_at_once(daemon: Daemon, booted: S
 def test_a_removed_one_is_removed_already(daemon: Daemon, booted: Sandbox) -> None:
     [fork] = booted.fork()
     fork.remove()
-    wait_packed(daemon)
+    wait_settled(daemon)
     before = what_is_there(daemon)
     answer = daemon.client.remove(fork.id)
     assert (answer.removed, answer.already) == ([], [fork.id])
@@ -156,7 +168,7 @@ def test_a_running_one_is_not_removed_without_force(daemon: Daemon, booted: Sand
 
 
 def test_a_missing_image(daemon: Daemon, booted: Sandbox) -> None:
-    wait_packed(daemon)
+    wait_settled(daemon)
     with refused(daemon, errors.ImageNotFound) as said:
         daemon.client.run(RunRequest(image="absent"))
     assert "tiny" in said[0]
@@ -180,14 +192,14 @@ def test_a_missing_image(daemon: Daemon, booted: Sandbox) -> None:
 def test_a_machine_that_cannot_be(
     daemon: Daemon, booted: Sandbox, request_: RunRequest, error: type[errors.DiapauseError]
 ) -> None:
-    wait_packed(daemon)
+    wait_settled(daemon)
     with refused(daemon, error):
         daemon.client.run(request_)
 
 
 @pytest.mark.parametrize("count", [0, -1, 10_000])
 def test_a_number_of_forks_that_cannot_be(daemon: Daemon, booted: Sandbox, count: int) -> None:
-    wait_packed(daemon)
+    wait_settled(daemon)
     with refused(daemon, errors.InvalidRequest):
         daemon.client.fork(ForkRequest(source=booted.id, count=count))
 
@@ -219,10 +231,10 @@ def test_a_vmm_that_is_missing_or_too_old(
     error: type[errors.DiapauseError],
 ) -> None:
     """Nothing is started; a guest that runs already is not in the way, and goes on."""
-    wait_packed(daemon)
+    wait_settled(daemon)
     paused = booted.fork()[0]
     paused.pause()
-    wait_packed(daemon)
+    wait_settled(daemon)
     old = f"#!/bin/sh\necho QEMU emulator version {version}\n"
     programs = {"qemu-system-x86_64": old} if version else {}
     path = path_with(tmp_path / "bin", programs)
@@ -268,14 +280,14 @@ def test_what_this_host_cannot_resume_is_refused_by_name(
 ) -> None:
     """A resume and a fork, before anything is spawned; the sandbox stays paused, and whole."""
     paused = guest.pause()
-    daemon.packed(paused.snapshot)
+    wait_settled(daemon)
     needed, change = CHANGES[part]
     with contextlib.closing(Catalog(daemon.home.catalog)) as catalog:
         good = catalog.snapshot(paused.snapshot)
         assert good is not None
         catalog.put_snapshot(change(good), durable=True)
         for call in (guest.resume, lambda: daemon.fork(paused.snapshot)):
-            wait_packed(daemon)
+            wait_settled(daemon)
             with refused(daemon, errors.SnapshotIncompatible) as said:
                 call()
             assert part in said[0]
