@@ -16,7 +16,6 @@ know what was forgotten, and compares all of RAM.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from typing import TYPE_CHECKING, ClassVar
 
@@ -146,7 +145,8 @@ class Capture(Verb):
         wanted = (estimate + estimate // 4 + _ESTIMATE_SLACK_PAGES) * PAGE_SIZE
         room = free_bytes(self.host.home.buffers) // 2
         size = max(min(wanted, CAPTURE_BUFFER_BYTES_MAX, room), CAPTURE_BUFFER_BYTES_MIN)
-        return _core.CaptureBuffer(str(self.files.buffer), size // PAGE_SIZE, device_pages)
+        with storage_errors("the capture buffer", self.host.home.buffers, size):
+            return _core.CaptureBuffer(str(self.files.buffer), size // PAGE_SIZE, device_pages)
 
     def _quiesce(self) -> None:
         try:
@@ -154,6 +154,14 @@ class Capture(Verb):
             self.quiesced = True
         except DiapauseError as error:
             self.notes.append(f"not quiesced: {error.message}")
+            self._thaw_filesystems()  # some may have been frozen before one refused
+
+    def _thaw_filesystems(self) -> None:
+        """The agent thaws them by itself after some seconds; a capture never fails for it."""
+        try:
+            self.guest.thaw_filesystems(GUEST_FREEZE_S)
+        except DiapauseError as error:
+            self.notes.append(f"file systems are thawed late: {error.message}")
 
     def do_freeze(self) -> None:
         """The frozen section."""
@@ -179,7 +187,7 @@ class Capture(Verb):
         finally:
             self.buffer = None
             if self.quiesced and self.goes_on:
-                self.guest.thaw_filesystems(GUEST_FREEZE_S)
+                self._thaw_filesystems()
         self._switched(self.frozen.switched)
         self.phases_ms |= {name: round(ms, 3) for name, ms in self.frozen.phases_ms.items()}
 
@@ -334,9 +342,8 @@ class Capture(Verb):
             thaw_if_it_stands(self.machine)
         except DiapauseError:
             self.host.watch(lambda: thaw_when_it_answers(self.host, self.sandbox))
-        with contextlib.suppress(DiapauseError):
-            if self.quiesced:
-                self.guest.thaw_filesystems(GUEST_FREEZE_S)
+        if self.quiesced and not self.goes_on:
+            self._thaw_filesystems()
 
     def _marked_by_another(self) -> bool:
         return self.mark.exists() and self.mark.read_text() != self.snapshot

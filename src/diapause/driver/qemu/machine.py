@@ -31,6 +31,7 @@ _STATUS: dict[str, Status] = {
     "prelaunch": "paused",
     "postmigrate": "paused",
     "save-vm": "paused",
+    "io-error": "paused",  # the host's disk was full: the request is made again at the next `cont`
     "finish-migrate": "paused",
     "inmigrate": "loading",
     "shutdown": "shutdown",
