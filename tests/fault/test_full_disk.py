@@ -150,3 +150,28 @@ def test_a_disk_too_full_to_pack(daemon: Daemon, counting: Sandbox, disk: SmallD
     daemon.stop()
     daemon.packed(paused.snapshot)
     assert daemon.client.inspect_snapshot(paused.snapshot).error is None
+
+
+def test_a_guest_that_writes_to_a_full_disk_stands_until_a_verb(
+    daemon: Daemon, counting: Sandbox, disk: SmallDisk
+) -> None:
+    """QEMU stops it and keeps the request; with room again a pause or a save has it whole."""
+    for verb in ("save", "pause"):
+        counting.sh("head -c 5000000 /dev/urandom >/tmp/more; sha256sum </tmp/more >/tmp/sum")
+        value = counting.counted()
+        disk.fill()
+        counting.in_background("cp /tmp/more /data/more; sync; echo done >/tmp/done")
+        eventually("the guest's standing still", lambda: _stands(counting), WAIT_S)
+        with pytest.raises(NotEnoughSpace):
+            getattr(counting, verb)("disk")
+        disk.empty()
+        getattr(counting, verb)("disk")
+        counting.resume()
+        counting.sh("while [ ! -e /tmp/done ]; do usleep 10000; done; rm /tmp/done")
+        counting.sh("echo 3 >/proc/sys/vm/drop_caches; cmp /tmp/more /data/more")
+        counting.counts_beyond(value)
+
+
+def _stands(guest: Sandbox) -> bool:
+    """A guest that stands answers nothing; one that runs answers in no time."""
+    return not Aside(lambda: guest.exec("true")).ends_within(5)

@@ -286,6 +286,11 @@ class Aside:
         assert not self._thread.is_alive(), "a call did not end"
         return self.failure
 
+    def ends_within(self, bound_s: float) -> bool:
+        """Whether it has ended by then."""
+        self._thread.join(bound_s)
+        return not self._thread.is_alive()
+
     def result(self) -> Any:
         if (failure := self.wait()) is not None:
             raise failure
