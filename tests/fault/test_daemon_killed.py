@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -119,7 +120,7 @@ def killed_at_random(daemon: Daemon, guest: Sandbox, rounds: int) -> None:
         durability = chance.choice(("process", "disk"))
         delay_s = chance.uniform(0, LONGEST_S)
         print(f"round {number}: {verb.__name__} to {durability}, killed after {delay_s:.3f} s")
-        call = Aside(lambda verb=verb, durability=durability: verb(durability))  # type: ignore[misc]
+        call = Aside(partial(verb, durability))
         deadline = time.monotonic() + delay_s
         while time.monotonic() < deadline:
             time.sleep(0.001)

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_a_name_in_use(daemon: Daemon, booted: Sandbox) -> None:
 def test_a_name_is_given_once_however_many_ask_at_once(daemon: Daemon, booted: Sandbox) -> None:
     """Two saves under one name: one snapshot has it, the other save is refused."""
     first, second = booted.fork(2)
-    calls = [Aside(lambda g=guest: g.save(name="race")) for guest in (first, second)]  # type: ignore[misc]
+    calls = [Aside(partial(guest.save, name="race")) for guest in (first, second)]
     failures = [call.wait() for call in calls]
     found = [snapshot for snapshot in daemon.client.snapshots() if snapshot.name == "race"]
     assert len(found) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_four_are_paused_and_resumed_at_once(booted: Sandbox) -> None:
         for _ in range(2):
             before = [fork.counted() for fork in forks]
             for verb in (Sandbox.pause, Sandbox.resume):
-                calls = [Aside(lambda f=fork, v=verb: v(f)) for fork in forks]  # type: ignore[misc]
+                calls = [Aside(partial(verb, fork)) for fork in forks]
                 for call in calls:
                     call.result()
             for fork, value in zip(forks, before, strict=True):
