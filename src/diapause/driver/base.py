@@ -88,7 +88,7 @@ class FreezePlan:
     rule: Literal["private", "tracked", "compared"]
     unmerged: list[tuple[int, int]]  # runs of an earlier capture that failed after it re-armed
     spill: Path
-    overlays: tuple[Path, ...]  # what the disks write to now: synced from outside first
+    overlays: tuple[Path, ...]  # what the disks wrote since the last capture: synced first
     next_overlays: tuple[Path, ...]  # empty for a pause: its disks stay as they are
     goes_on: bool
 

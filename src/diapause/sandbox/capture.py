@@ -17,6 +17,7 @@ know what was forgotten, and compares all of RAM.
 from __future__ import annotations
 
 import secrets
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -172,7 +173,7 @@ class Capture(Verb):
             rule=self.rule,
             unmerged=self._unmerged_runs(),
             spill=self.files.memory,
-            overlays=tuple(self.directory / names[-1] for names in self.record.overlays),
+            overlays=tuple(self.directory / name for name in chain(*self.record.overlays)),
             next_overlays=tuple(self.directory / name for name in self.next_overlays),
             goes_on=self.goes_on,
         )

@@ -79,7 +79,7 @@ def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
         section.frozen.frozen_ms = (time.perf_counter() - began) * 1e3
         if plan.goes_on:
             section.take("thaw", machine.thaw)
-    except (DiapauseError, QmpError, OSError) as error:
+    except BaseException as error:  # whatever it is: what was switched or re-armed must be known
         thawed = _thaw_after_failure(machine)
         raise FrozenSectionFailed(
             section.frozen, _failure(machine, section, error), thawed
@@ -106,9 +106,10 @@ def _capture(
 ) -> None:
     frozen = section.frozen
     section.take("stop", machine.stop)
+    # Both said before: an answer that never came may stand for one, and half done is done.
     for node, overlay in nodes:
+        frozen.switched = True  # an overlay that was not switched to is an empty layer
         section.take("switch", partial(_switch, machine, node, overlay))
-        frozen.switched = True
     section.take("state", lambda: _save_state(machine))
     filled = section.take(
         "copy",
@@ -117,7 +118,7 @@ def _capture(
     frozen.page_count, frozen.spilled_pages = filled.page_count, filled.spilled_pages
     frozen.phases_ms |= {"scan": filled.scan_ms, "copy": filled.copy_ms, "spill": filled.spill_ms}
     if plan.goes_on and machine.tracked:
-        frozen.rearmed = True  # said before: half done is done, for whoever asks what was forgotten
+        frozen.rearmed = True
         section.take("rearm", machine.ram.rearm)
 
 
@@ -185,7 +186,7 @@ def _thaw_after_failure(machine: QemuMachine) -> bool:
     return True
 
 
-def _failure(machine: QemuMachine, section: _Section, error: Exception) -> CaptureFailed:
+def _failure(machine: QemuMachine, section: _Section, error: BaseException) -> CaptureFailed:
     return CaptureFailed(
         sandbox=machine.sandbox, step=section.step, cause=str(error), guest="goes on"
     )

@@ -1,0 +1,84 @@
+"""A frozen section that fails in the middle says what can't be undone, whatever made it fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from diapause.driver.base import FreezePlan
+from diapause.driver.qemu.frozen import FrozenSectionFailed, freeze_and_capture
+from diapause.errors import VmmTimeout
+
+
+class Vmm:
+    """A machine that does everything at once, but for what it is told to fail at."""
+
+    sandbox, tracked = "a" * 16, True
+
+    def __init__(self, failures: dict[str, BaseException]) -> None:
+        self._failures = failures
+        self.done: list[str] = []
+        self.ram = SimpleNamespace(rearm=lambda: self._do("rearm"))
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if (failure := self._failures.get(what)) is not None:
+            raise failure
+
+    def command(self, name: str, **_: object) -> None:
+        self._do(name)
+
+    def checked(self, name: str) -> list[dict[str, Any]]:
+        self._do(name)
+        inserted = {"node-name": "disk0-0000001"}
+        return [{"qdev": "/machine/peripheral/disk0/virtio-backend", "inserted": inserted}]
+
+    def stop(self) -> None:
+        self._do("stop")
+
+    def thaw(self) -> None:
+        self._do("cont")
+
+    def fill(self, *_: object) -> SimpleNamespace:
+        self._do("fill")
+        return SimpleNamespace(page_count=1, spilled_pages=0, scan_ms=0, copy_ms=0, spill_ms=0)
+
+
+def failed(directory: Path, vmm: Vmm) -> FrozenSectionFailed:
+    state, overlay = directory / "state", directory / "disk0.0000002.qcow2"
+    state.touch()
+    overlay.touch()
+    plan = FreezePlan(
+        state=state, buffer=cast("Any", vmm), rule="tracked", unmerged=[],
+        spill=directory / "spill", overlays=(), next_overlays=(overlay,), goes_on=True,
+    )  # fmt: skip
+    with pytest.raises(FrozenSectionFailed) as caught:
+        freeze_and_capture(cast("Any", vmm), plan)
+    return caught.value
+
+
+TIMEOUT = VmmTimeout(sandbox="a" * 16, step="blockdev-snapshot", bound_s=20)
+
+
+@pytest.mark.parametrize(
+    ("step", "failure", "switched", "rearmed"),
+    [
+        ("stop", TIMEOUT, False, False),
+        ("blockdev-snapshot", TIMEOUT, True, False),  # it may be answered yet
+        ("fill", ValueError("not expected"), True, False),
+        ("fill", BaseException("a panic of native code"), True, False),
+        ("rearm", OSError("not expected"), True, True),
+    ],
+)
+def test_what_may_have_happened_is_known(
+    tmp_path: Path, step: str, failure: BaseException, switched: bool, rearmed: bool
+) -> None:
+    """An overlay that the disk may write to is never taken for an unused one."""
+    vmm = Vmm({step: failure})
+    error = failed(tmp_path, vmm)
+    assert (error.frozen.switched, error.frozen.rearmed) == (switched, rearmed)
+    assert error.thawed
+    assert vmm.done[-2:] == ["cont", "remove-fd"]
