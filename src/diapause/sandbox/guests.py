@@ -53,6 +53,7 @@ class Guest:
     def greet(self, identity: Identity | None, bound_s: float) -> Any:
         """Connect to the agent: time, entropy, identity and readiness in one exchange."""
         assert self.machine is not None
+        self._renew_link()
         connection = self.machine.agent_socket(bound_s)
         attach = self.link.attach(connection, identity=identity, bound_s=bound_s)
         return self._await(attach, bound_s + 5.0)
@@ -60,12 +61,16 @@ class Guest:
     async def answering_link(self, bound_s: float) -> Link:
         """The link, connected again where it ended or never began; awaited in the loop."""
         async with self._reconnecting:
-            if self.link.cause:
-                self.link = Link(self.sandbox)
+            self._renew_link()
             if not self.link.attached and self.machine is not None:
                 connection = self.machine.agent_socket(bound_s)
                 await self.link.attach(connection, identity=None, bound_s=bound_s)
         return self.link
+
+    def _renew_link(self) -> None:
+        """A link that was closed stays closed; its sessions have ended, the guest has not."""
+        if self.link.cause:
+            self.link = Link(self.sandbox)
 
     def detach(self) -> None:
         """The VMM is about to go: the sessions wait for the next one."""

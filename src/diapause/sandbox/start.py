@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from diapause.catalog import Process
 from diapause.driver.base import BootFiles, DiskFiles, StartPlan
-from diapause.errors import AgentUnreachable, DiapauseError, VmmFailed
+from diapause.errors import (
+    AgentRefused,
+    AgentUnreachable,
+    DiapauseError,
+    ExecCut,
+    VmmFailed,
+)
 from diapause.guest.images import find_image
 from diapause.guest.link import Identity
 from diapause.limits import AGENT_BOOT_S, AGENT_READY_S
@@ -122,14 +128,14 @@ class Start(Verb):
         try:
             welcome = self.guest.greet(self.identity(), AGENT_READY_S if warm else AGENT_BOOT_S)
             self.notes += [f"the guest did not take its {cause}" for cause in welcome.failed]
-        except AgentUnreachable as error:
+        except (AgentUnreachable, AgentRefused, ExecCut) as error:
             self._without_agent(error, warm)
 
     def identity(self) -> Identity | None:
         """What the guest is called from now on; None where it knows."""
         return Identity(hostname=self.record.hostname, machine_id=self.record.machine_id)
 
-    def _without_agent(self, error: AgentUnreachable, warm: bool) -> None:
+    def _without_agent(self, error: DiapauseError, warm: bool) -> None:
         """A boot fails without its agent; a guest that was resumed goes on, and it is said."""
         assert self.guest.machine is not None
         if not warm or not self.guest.machine.alive():

@@ -1,0 +1,68 @@
+"""A guest is greeted whatever became of the link that it had."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from diapause.errors import AgentRefused
+from diapause.guest.link import Link
+from diapause.sandbox.guests import Guest
+from diapause.sandbox.start import Start
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    made = asyncio.new_event_loop()
+    thread = threading.Thread(target=made.run_forever)
+    thread.start()
+    yield made
+    made.call_soon_threadsafe(made.stop)
+    thread.join(10)
+    made.close()
+
+
+def test_a_link_that_was_closed_before_a_pause_does_not_end_every_resume(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent had stopped answering: that was then."""
+    closed, greeted = Link("test"), []
+
+    async def attach(self: Link, *_: object, **__: object) -> str:
+        assert not self.cause
+        greeted.append(self)
+        return "welcome"
+
+    monkeypatch.setattr(Link, "attach", attach)
+    closed.cause = "the guest's agent stopped answering"
+    guest = Guest("test", loop, closed)
+    guest.machine = cast("Any", SimpleNamespace(agent_socket=lambda bound_s: None))
+    assert guest.greet(None, 5.0) == "welcome"
+    assert greeted == [guest.link] != [closed]
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_an_agent_that_breaks_the_protocol_is_no_agent(warm: bool) -> None:
+    """A guest that was resumed goes on, and the answer says so; a boot fails."""
+    refused = AgentRefused(sandbox="test", what="the host", cause="a test")
+
+    def greet(identity: object, bound_s: float) -> None:
+        raise refused
+
+    machine = SimpleNamespace(alive=lambda: True)
+    verb: Any = SimpleNamespace(
+        record=SimpleNamespace(agent=True), state=object() if warm else None, notes=[],
+        guest=SimpleNamespace(greet=greet, machine=machine), identity=lambda: None,
+    )  # fmt: skip
+    verb._without_agent = lambda error, warm: Start._without_agent(verb, error, warm)
+    if warm:
+        Start.do_greet(verb)
+        assert "refused" in verb.notes[0]
+    else:
+        with pytest.raises(AgentRefused):
+            Start.do_greet(verb)
