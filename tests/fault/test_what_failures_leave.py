@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from diapause.driver.base import Frozen
 from diapause.errors import CaptureFailed, SnapshotLost, StorageFailed
 from diapause.model import CaptureRequest
 from diapause.sandbox import recovery
+from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
@@ -152,6 +154,23 @@ def test_what_a_guest_did_not_take_is_said(host: Host) -> None:
     verb.guest = cast("Any", SimpleNamespace(greet=lambda identity, bound_s: welcome))
     verb.do_greet()
     assert verb.notes == ["the guest did not take its clock: Operation not permitted"]
+
+
+def test_a_guest_is_not_ended_for_the_end_of_the_one_before(host: Host) -> None:
+    """Its VMM died while it was paused; it was resumed before anybody came to see to that."""
+    killed: list[str] = []
+    before, now = Guest(SANDBOX, host.loop), Guest(SANDBOX, host.loop)
+    for guest, name in ((before, "before"), (now, "now")):
+        kill = partial(killed.append, name)
+        guest.machine = cast("Any", SimpleNamespace(kill=kill, close=lambda: None))
+    host.catalog.put_sandbox(sandbox())
+    host.guests[SANDBOX] = now
+    host._settle(before, "the VMM has ended")
+    found = host.catalog.sandbox(SANDBOX)
+    assert (killed, found and found.state) == ([], "running")
+    host._settle(now, "the VMM has ended")
+    found = host.catalog.sandbox(SANDBOX)
+    assert (killed, found and found.state) == (["now"], "failed")
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

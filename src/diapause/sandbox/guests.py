@@ -92,21 +92,21 @@ class Guest:
 
     # -- its end ---------------------------------------------------------------------------------
 
-    def arm(self, ended: Callable[[str, str], None]) -> None:
-        """Watch the VMM; `ended(sandbox, reason)` is called once, in the loop."""
+    def arm(self, ended: Callable[[Guest, str], None]) -> None:
+        """Watch the VMM; `ended(self, reason)` is called once, in the loop."""
         self._loop.call_soon_threadsafe(self._arm, ended)
 
-    def _arm(self, ended: Callable[[str, str], None]) -> None:
+    def _arm(self, ended: Callable[[Guest, str], None]) -> None:
         assert self.machine is not None
         self._pidfd = self.machine.pidfd()
 
         def once(reason: str) -> None:
             if self._pidfd >= 0:
                 self._disarm()
-                ended(self.sandbox, reason)
+                ended(self, reason)
 
         if self._pidfd < 0:
-            ended(self.sandbox, "the VMM has ended")
+            ended(self, "the VMM has ended")
             return
         self._loop.add_reader(self._pidfd, once, "the VMM has ended")
         self._watch = self._loop.create_task(_watch_events(self.machine.paths.events, once))

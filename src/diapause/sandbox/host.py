@@ -16,6 +16,7 @@ from diapause.catalog import Catalog, Identity
 from diapause.driver.base import Shape, VmmIdentity
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import DiapauseError, VmmFailed
+from diapause.limits import END_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
 from diapause.snapshot.flats import FlatStore
@@ -107,16 +108,16 @@ class Host:
 
     # -- ends that nobody asked for --------------------------------------------------------------
 
-    def guest_ended(self, sandbox: str, reason: str) -> None:
+    def guest_ended(self, guest: Guest, reason: str) -> None:
         """A watcher saw the end of a guest; called in the loop, worked on in a thread."""
-        self.watch(lambda: self._settle(sandbox, reason))
+        self.watch(lambda: self._settle(guest, reason))
 
-    def _settle(self, sandbox: str, reason: str) -> None:
+    def _settle(self, guest: Guest, reason: str) -> None:
         try:
-            with self.locks.hold(sandbox):
-                settle_end(self, sandbox, reason)
+            with self.locks.hold(guest.sandbox, END_S):
+                settle_end(self, guest, reason)
         except Exception:
-            log.exception("the end of %s", sandbox)
+            log.exception("the end of %s", guest.sandbox)
 
     def end(self, record: SandboxRecord, reason: str) -> None:
         """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""
@@ -152,13 +153,17 @@ class Host:
         return self.templates.memory(record.memory_bytes).flat
 
 
-def settle_end(host: Host, sandbox: str, reason: str) -> None:
-    """Turn a guest that ended by itself into a `stopped` or `failed` row; holds the lock."""
-    guest = host.guests.get(sandbox)
-    record = host.catalog.sandbox(sandbox)
-    if guest is None or guest.machine is None or record is None or record.state != "running":
+def settle_end(host: Host, guest: Guest, reason: str) -> None:
+    """Turn a guest that ended by itself into a `stopped` or `failed` row; holds the lock.
+
+    A verb may have come first: paused it, removed it, even resumed it, which makes another guest.
+    """
+    record = host.catalog.sandbox(guest.sandbox)
+    if host.guests.get(guest.sandbox) is not guest or guest.machine is None:
         return
-    del host.guests[sandbox]
+    if record is None or record.state != "running":
+        return
+    del host.guests[guest.sandbox]
     guest.cut(f"the guest ended ({reason})")
     guest.machine.kill()
     host.end(record, reason)
