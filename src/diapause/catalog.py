@@ -7,7 +7,7 @@ Invariants:
   but the host's: after one, rows of running machines mean nothing anyway, and the boot id tells.
 - The journal is append-only within an operation: a step is there before it is taken.
 
-Used from many threads: each has a connection of its own.
+Used from many threads: each has connections of its own, which go with it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import threading
+import weakref
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -155,13 +156,23 @@ class Operation(msgspec.Struct, kw_only=True):
     steps: list[str]
 
 
+class _Held:
+    """A thread's connection, closed when the thread has ended: a daemon sees many come and go."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+
+    def __del__(self) -> None:
+        self.db.close()
+
+
 class Catalog:
     """The database of one home."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._local = threading.local()
-        self._all: list[sqlite3.Connection] = []
+        self._all: weakref.WeakSet[_Held] = weakref.WeakSet()
         self._write = threading.Lock()
         self._migrate()
 
@@ -176,16 +187,17 @@ class Catalog:
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
         name = "durable" if durable else "quick"
-        db: sqlite3.Connection | None = getattr(self._local, name, None)
-        if db is None:
+        held: _Held | None = getattr(self._local, name, None)
+        if held is None:
             db = sqlite3.connect(
                 self._path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
             )
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            setattr(self._local, name, db)
-            self._all.append(db)
-        return db
+            held = _Held(db)
+            setattr(self._local, name, held)
+            self._all.add(held)
+        return held.db
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
@@ -211,8 +223,8 @@ class Catalog:
 
     def close(self) -> None:
         """Close every connection."""
-        for db in self._all:
-            db.close()
+        for held in list(self._all):
+            held.db.close()
 
     # -- sandboxes -------------------------------------------------------------------------------
 
