@@ -271,7 +271,9 @@ fn scan(pagemap: &File, ram: RamRange, arg: &mut ScanArg) -> io::Result<Vec<Run>
         }
         at = arg.walk_end;
     }
-    Ok(runs)
+    // The kernel works in batches of 512 regions and, having come to the end in a later one, says
+    // that it stopped where the first ended: what lies behind comes twice.
+    Ok(merge_runs(&runs, &[]))
 }
 
 fn push_run(runs: &mut Vec<Run>, ram: RamRange, start: u64, end: u64) {
@@ -406,6 +408,27 @@ mod tests {
         assert_eq!(pages_of(&runs), vec![0, 7, 8, 9, 63]);
         assert_eq!(anonymous_by_pread(&pagemap, ram).expect("pread"), runs);
         assert!(!is_tracked(&pagemap, ram).expect("asked"));
+    }
+
+    #[test]
+    fn a_scan_of_more_regions_than_the_kernel_takes_at_once_names_each_page_once() {
+        for regions in [511u64, 512, 513, 600, 1024, 1025, 2000] {
+            let file = tempfile::tempfile().expect("temp file");
+            let size = 4096 * PAGE_SIZE;
+            file.set_len(size).expect("length");
+            let memory = PrivateMapping::of(&file, size as usize);
+            let written: Vec<u64> = (0..regions).map(|region| 2 * region).collect();
+            for page in &written {
+                memory.write(*page as usize, 1);
+            }
+            let pagemap = File::open("/proc/self/pagemap").expect("pagemap");
+            let ram = RamRange {
+                start: memory.0 as u64,
+                end: memory.0 as u64 + size,
+            };
+            let runs = dirty_runs(&pagemap, ram, DirtyRule::Private).expect("scan");
+            assert_eq!(pages_of(&runs), written, "{regions} regions");
+        }
     }
 
     struct PrivateMapping(*mut u8, usize);
