@@ -15,7 +15,7 @@ import pytest
 
 from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
-from diapause.errors import CaptureFailed, SnapshotLost, StorageFailed
+from diapause.errors import CaptureFailed, NotEnoughSpace, SnapshotLost, StorageFailed
 from diapause.model import CaptureRequest
 from diapause.sandbox import recovery
 from diapause.sandbox.guests import Guest
@@ -171,6 +171,70 @@ def test_a_guest_is_not_ended_for_the_end_of_the_one_before(host: Host) -> None:
     host._settle(now, "the VMM has ended")
     found = host.catalog.sandbox(SANDBOX)
     assert (killed, found and found.state) == (["now"], "failed")
+
+
+def standing(host: Host) -> list[str]:
+    """A guest under this daemon that stands; what is asked of its machine."""
+    asked: list[str] = []
+    guest = Guest(SANDBOX, host.loop)
+    guest.machine = cast("Any", SimpleNamespace(
+        alive=lambda: True, status=lambda: "paused", thaw=lambda: asked.append("thaw"),
+        kill=lambda: asked.append("kill"), close=lambda: None, tracked=True,
+    ))  # fmt: skip
+    host.guests[SANDBOX] = guest
+    return asked
+
+
+def test_an_operation_that_stayed_open_takes_no_snapshot_with_it(host: Host) -> None:
+    """Its end could not be journaled after its commit; a later save was committed since."""
+    host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
+    host.home.capture(SNAPSHOT).mkdir()
+    host.catalog.begin("d" * 16, "save", SANDBOX, SNAPSHOT, boot_id())
+    record, asked = sandbox(), standing(host)
+    record.snapshot = "f" * 16
+    host.catalog.put_sandbox(record)
+    recovery.settle(host, record)
+    assert host.home.capture(SNAPSHOT).is_dir()
+    assert host.catalog.open_operations() == []
+    assert asked == ["thaw"]
+
+
+def test_a_pause_that_could_not_be_put_back_is_settled_with_the_guest_it_has(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its monitor takes one client, which is there already."""
+    monkeypatch.setattr(host.driver, "adopt", lambda *_: pytest.fail("it has a client"))
+    host.catalog.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
+    record, asked = sandbox(), standing(host)
+    guest, record.state = host.guests[SANDBOX], "pausing"
+    host.catalog.put_sandbox(record)
+    recovery.settle(host, record)
+    found = host.catalog.sandbox(SANDBOX)
+    assert (asked, found and found.state) == (["thaw"], "running")
+    assert host.guests[SANDBOX] is guest
+
+
+def test_a_switch_that_could_not_be_recorded_is_recorded_by_the_undo(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The catalog had no room; the capture that goes makes some."""
+    verb = save(host)
+    verb.record.overlays, verb.next_overlays = [["disk0.1.qcow2"]], ["disk0.2.qcow2"]
+    full = NotEnoughSpace(what="x", needed_bytes="more", directory="/", available_bytes=0)
+    put = host.catalog.put_sandbox
+
+    def refuse(*_: object, **__: object) -> None:
+        raise full
+
+    verb.frozen = Frozen(switched=True)
+    monkeypatch.setattr(host.catalog, "put_sandbox", refuse)
+    with pytest.raises(NotEnoughSpace):
+        verb._switched(switched=True)
+    monkeypatch.setattr(host.catalog, "put_sandbox", put)
+    verb.undo("freeze", full)
+    found = host.catalog.sandbox(SANDBOX)
+    assert found is not None
+    assert found.overlays == [["disk0.1.qcow2", "disk0.2.qcow2"]]
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

@@ -337,6 +337,8 @@ class Capture(Verb):
                 (self.directory / name).unlink(missing_ok=True)
         if not self._marked_by_another() and (in_buffer or not forgotten):
             self.mark.unlink(missing_ok=True)
+        if frozen is not None and frozen.switched:  # again: it may have failed for want of space
+            self.host.catalog.put_sandbox(self.record)
 
     def _let_go_on(self) -> None:
         try:

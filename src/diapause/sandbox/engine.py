@@ -172,7 +172,12 @@ class Engine:
 
     def _remove_one(self, record: SandboxRecord, force: bool) -> None:
         with self._host.locks.hold(record.id):
-            record = self._reread(record)
+            try:
+                record = self._reread(record)
+            except DiapauseError:
+                if not force:
+                    raise
+                record = self._catalog.sandbox(record.id) or record  # its VMM is ended all the same
             if record.state == "removed":
                 return
             if not force and record.state in ("running", "pausing", "resuming", "creating"):
@@ -328,7 +333,8 @@ class Engine:
         """The row as it is under the lock; what a verb could not finish is settled first."""
         found = self._catalog.sandbox(record.id)
         assert found is not None
-        if found.state in ("creating", "pausing", "resuming", "removing"):
+        under_way = found.state in ("creating", "pausing", "resuming", "removing")
+        if under_way or self._catalog.open_operations(record.id):
             settle(self._host, found)
             found = self._catalog.sandbox(record.id)
             assert found is not None

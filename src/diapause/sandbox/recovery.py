@@ -17,6 +17,7 @@ nothing runs that no row names.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from diapause.errors import DiapauseError, SnapshotLost
 from diapause.limits import AGENT_READY_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.remove import Remove, end_orphan
+from diapause.sandbox.rescue import thaw_if_it_stands
 from diapause.sandbox.sweep import end_strays, sweep
 from diapause.snapshot.capture import CaptureFiles
 from diapause.store.boot import boot_id
@@ -88,26 +90,52 @@ def settle(host: Host, record: SandboxRecord) -> None:
 
 def _settle_running(host: Host, record: SandboxRecord, operations: list[Operation]) -> None:
     machine = _adopt(host, record)
-    captures = [operation for operation in operations if operation.snapshot is not None]
-    committed = record.snapshot in [operation.snapshot for operation in captures]
-    if record.state == "pausing" and committed:
+    captures = [operation for operation in operations if operation.verb in ("pause", "save")]
+    if record.state == "pausing" and any(_committed(host, capture) for capture in captures):
         if machine is not None:
+            _disarm(host, record)
             machine.kill()
         _paused(host, record)
         return
     if machine is None:
         gone = "lost with the host" if _of_another_boot(record) else "the VMM has ended"
+        _let_go(host, record, gone)
         host.end(record, gone)
         return
-    for operation in captures:
-        if record.snapshot == operation.snapshot:
+    for capture in captures:
+        if _committed(host, capture):
             _finish_capture(host, record, machine)
         else:
-            _drop_capture(host, record, machine, operation)
+            _drop_capture(host, record, machine, capture)
     _take_up(host, record, machine)
 
 
+def _committed(host: Host, capture: Operation) -> bool:
+    """Its snapshot's row says so; the sandbox's may speak of a later one."""
+    return capture.snapshot is not None and host.catalog.snapshot(capture.snapshot) is not None
+
+
+def _disarm(host: Host, record: SandboxRecord) -> None:
+    guest = host.guests.get(record.id)
+    if guest is not None:
+        with contextlib.suppress(DiapauseError):
+            guest.disarm()
+
+
+def _let_go(host: Host, record: SandboxRecord, gone: str) -> None:
+    """A guest under this daemon whose VMM is gone."""
+    _disarm(host, record)
+    guest = host.guests.pop(record.id, None)
+    if guest is not None:
+        guest.cut(gone)
+        if guest.machine is not None:
+            guest.machine.kill()
+
+
 def _adopt(host: Host, record: SandboxRecord) -> QemuMachine | None:
+    guest = host.guests.get(record.id)
+    if guest is not None and guest.machine is not None:  # its monitor takes one client: this one
+        return guest.machine if guest.machine.alive() else None
     process = record.process
     if process is None:
         return None
@@ -181,6 +209,11 @@ def _adopt_overlays(host: Host, record: SandboxRecord, machine: QemuMachine) -> 
 
 def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     """A guest goes on under this daemon; one that stands and that nobody owns is thawed."""
+    if record.id in host.guests:  # it never left; its end is watched already
+        thaw_if_it_stands(machine)
+        record.state = "running"
+        host.catalog.put_sandbox(record)
+        return
     status = machine.status()
     if status in ("shutdown", "panicked"):
         machine.kill()
