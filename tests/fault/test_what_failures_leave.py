@@ -237,6 +237,18 @@ def test_a_switch_that_could_not_be_recorded_is_recorded_by_the_undo(
     assert found.overlays == [["disk0.1.qcow2", "disk0.2.qcow2"]]
 
 
+def test_a_list_of_forgotten_pages_that_is_lost_is_missed(host: Host) -> None:
+    """It lies on a tmpfs; whoever clears that must not make a capture leave pages out."""
+    verb = save(host)
+    verb.mark.write_text(verb.snapshot or "")
+    verb.files.buffer.touch()
+    verb.frozen = Frozen(rearmed=True)
+    verb.undo("keep", StorageFailed(what="the capture", cause="a test"))
+    assert save(host).rule == "tracked"
+    verb.unmerged.unlink()
+    assert save(host).rule == "compared"
+
+
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:
     """Every name that a sandbox may have makes one that the agent takes."""
     assert host_name("my_box.1") == "my-box.1"

@@ -9,9 +9,10 @@ A capture that fails before `commit` leaves nothing but what the next one must a
 were re-armed away (BUFFERS/SANDBOX.unmerged) and the overlays that were switched (the row's
 `overlays`).
 
-The mark (sandboxes/ID/capture.mark) stands from before the freeze until the commit. Whoever finds
-the mark of a dead daemon takes the sealed buffer's list as unmerged; where there is none, it can't
-know what was forgotten, and compares all of RAM.
+The mark (sandboxes/ID/capture.mark) stands from before the freeze until a commit, or until a
+failure that made nobody forget anything. Whoever finds it takes the unmerged list, or a dead
+daemon's sealed buffer as one; where there is none (a tmpfs may lose it), it can't know what was
+forgotten, and compares all of RAM.
 """
 
 from __future__ import annotations
@@ -335,7 +336,7 @@ class Capture(Verb):
         for index, name in enumerate(self.next_overlays):
             if name not in self.record.overlays[index]:
                 (self.directory / name).unlink(missing_ok=True)
-        if not self._marked_by_another() and (in_buffer or not forgotten):
+        if not forgotten and not self._marked_by_another():
             self.mark.unlink(missing_ok=True)
         if frozen is not None and frozen.switched:  # again: it may have failed for want of space
             self.host.catalog.put_sandbox(self.record)
