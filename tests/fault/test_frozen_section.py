@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,8 +10,10 @@ from typing import Any, cast
 import pytest
 
 from diapause.driver.base import FreezePlan
+from diapause.driver.process import Pidfd, process_ref
 from diapause.driver.qemu.frozen import FrozenSectionFailed, freeze_and_capture
-from diapause.errors import VmmTimeout
+from diapause.driver.qemu.machine import QemuMachine
+from diapause.errors import VmmFailed, VmmTimeout
 
 
 class Vmm:
@@ -82,3 +85,32 @@ def test_what_may_have_happened_is_known(
     assert (error.frozen.switched, error.frozen.rearmed) == (switched, rearmed)
     assert error.thawed
     assert vmm.done[-2:] == ["cont", "remove-fd"]
+
+
+@pytest.mark.parametrize("status", ["shutdown", "panicked", "other"])
+def test_a_guest_that_has_ended_is_not_captured(
+    monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """It is `stopped`, not `paused`: its watcher waits for the verb to say so."""
+    monkeypatch.setattr(QemuMachine, "checked", lambda *_, **__: None)
+    monkeypatch.setattr(QemuMachine, "status", lambda _: status)
+    machine = QemuMachine.__new__(QemuMachine)
+    machine.sandbox = "a" * 16
+    with pytest.raises(VmmFailed, match=status):
+        machine.stop()
+
+
+def test_asking_whether_it_lives_leaves_its_end_to_whoever_watches() -> None:
+    """The event loop watches the same descriptor: closed under it, it would never hear."""
+    child = subprocess.Popen(["sleep", "60"])
+    process = process_ref(child.pid)
+    assert process is not None
+    pidfd = Pidfd(process)
+    number = pidfd.fileno()
+    assert pidfd.alive()
+    child.kill()
+    child.wait(10)
+    assert not pidfd.alive()
+    assert pidfd.fileno() == number
+    assert pidfd.wait(10)
+    assert pidfd.fileno() == -1

@@ -50,18 +50,19 @@ class Pidfd:
 
     def alive(self) -> bool:
         """Whether it runs; a process that is gone stays gone."""
-        return self._fd >= 0 and not self.wait(0.0)
+        return self._fd >= 0 and not self._ended(0.0)  # kept open: somebody may watch it
 
     def wait(self, bound_s: float) -> bool:
         """Wait until it has ended; False where the bound came first."""
-        if self._fd < 0:
-            return True
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        ended = bool(poll.poll(bound_s * 1000))
+        ended = self._fd < 0 or self._ended(bound_s)
         if ended:
             self.close()
         return ended
+
+    def _ended(self, bound_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(bound_s * 1000))
 
     def kill(self) -> None:
         """SIGKILL; nothing happens where it is gone already."""

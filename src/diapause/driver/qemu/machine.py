@@ -131,9 +131,9 @@ class QemuMachine:
         return _STATUS.get(found, "other")
 
     def stop(self) -> None:
-        """Stop the vCPUs; drains and flushes the disks; confirmed."""
+        """Stop the vCPUs; drains and flushes the disks; confirmed. Refuses a guest that ended."""
         self.checked("stop")
-        if (found := self.status()) not in ("paused", "shutdown", "panicked"):
+        if (found := self.status()) != "paused":
             raise VmmFailed(sandbox=self.sandbox, step="stop", cause=f"it is {found}")
 
     def thaw(self) -> None:
