@@ -16,7 +16,7 @@ from tests.framework.sandbox import Daemon
 
 pytestmark = pytest.mark.vm
 
-BOOTS, BOOTS_SOAK = 8, 50
+BOOTS = 50
 AT_ONCE = 4
 
 
@@ -52,11 +52,5 @@ def boot_beside_burners(daemon: Daemon, boots: int) -> None:
     assert daemon.vmms() == []
 
 
-def test_boots_beside_burning_cores(daemon: Daemon) -> None:
-    boot_beside_burners(daemon, BOOTS)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
 def test_fifty_boots_beside_burning_cores(daemon: Daemon) -> None:
-    boot_beside_burners(daemon, BOOTS_SOAK)
+    boot_beside_burners(daemon, BOOTS)
