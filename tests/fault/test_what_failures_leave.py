@@ -130,11 +130,13 @@ def test_what_is_durable_stands_on_what_is_durable(
     monkeypatch.setattr(host.packer, "pack", pack)
     verb = save(host)
     verb.record.snapshot = SNAPSHOT
+    # Before anything stops: the next thing that a capture does is to estimate.
     if packs:
-        verb._keep_parent()
+        with pytest.raises(AttributeError, match="dirty_estimate"):
+            verb.do_prepare()
     else:
         with pytest.raises(CaptureFailed, match="could not be brought to the disk"):
-            verb._keep_parent()
+            verb.do_prepare()
 
 
 def test_a_pause_that_fails_after_its_commit_is_left_to_recovery(host: Host) -> None:

@@ -110,6 +110,8 @@ class Capture(Verb):
 
     def do_prepare(self) -> None:
         """Everything that can be done while the guest runs."""
+        if self.request.durability == "disk":
+            self._keep_parent()  # now: packing may take longer than a guest should stand
         estimate = self.machine.dirty_estimate(self.rule)
         self._need_space(estimate)
         self._prepare_overlays()
@@ -203,8 +205,6 @@ class Capture(Verb):
     def do_keep(self) -> None:
         """Make the capture as durable as was asked."""
         sync = self.request.durability == "disk"
-        if sync:
-            self._keep_parent()
         with storage_errors("the capture", self.host.home.root, self._captured_bytes()):
             self._keep_state(sync)
             self._keep_disks(sync)
@@ -224,7 +224,7 @@ class Capture(Verb):
         self.host.behind(f"pack {parent}", lambda: self.host.packer.pack(parent)).result(PACK_S)
         if self._unsynced_parent() is not None:
             raise CaptureFailed(
-                sandbox=self.sandbox, step="keep", guest="goes on",
+                sandbox=self.sandbox, step="prepare", guest="goes on",
                 cause=f"its parent, snapshot {parent}, could not be brought to the disk",
             )  # fmt: skip
 
