@@ -6,6 +6,7 @@ No guest is needed: these are the decisions about marks, left-over buffers and r
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -15,14 +16,15 @@ import pytest
 
 from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
+from diapause.driver.qemu import QemuDriver
 from diapause.errors import CaptureFailed, NotEnoughSpace, SnapshotLost, StorageFailed
-from diapause.model import CaptureRequest
-from diapause.sandbox import recovery
+from diapause.model import CaptureRequest, ForkRequest
+from diapause.sandbox import engine, recovery
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
-from diapause.sandbox.resume import Boot, check_snapshot
+from diapause.sandbox.resume import Boot, Fork, check_snapshot
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
 
@@ -249,6 +251,28 @@ def test_a_list_of_forgotten_pages_that_is_lost_is_missed(host: Host) -> None:
     assert save(host).rule == "tracked"
     verb.unmerged.unlink()
     assert save(host).rule == "compared"
+
+
+def test_forks_are_all_there_or_none_whatever_failed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody thought of leaves no fork running either."""
+    numbers = itertools.count(1)
+
+    def execute(verb: Fork) -> None:
+        if next(numbers) == 2:
+            raise PermissionError("not expected")
+        verb.record.state = "running"
+        host.catalog.put_sandbox(verb.record)
+
+    monkeypatch.setattr(Fork, "execute", execute)
+    monkeypatch.setattr(engine, "check_snapshot", lambda *_: None)
+    monkeypatch.setattr(QemuDriver, "find", lambda *_: None)
+    host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
+    with pytest.raises(PermissionError):
+        engine.Engine(host).fork(ForkRequest(source=SNAPSHOT, count=3))
+    left = {row.state for row in host.catalog.sandboxes()}
+    assert left <= {"creating"}  # the row of the one that failed is its own undo's
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

@@ -6,15 +6,16 @@ what is done already, and otherwise runs its steps.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from diapause.catalog import SandboxRecord, SnapshotRecord, now
 from diapause.errors import DiapauseError, SandboxNotFound
 from diapause.guest import images
 from diapause.guest.build import build_image
-from diapause.limits import AGENT_READY_S
+from diapause.limits import AGENT_READY_S, PACK_S
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
@@ -44,6 +45,7 @@ from diapause.sandbox.verb import new_id
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
     from pathlib import Path
 
     from diapause.guest.session import ExecRequest, Session
@@ -204,7 +206,8 @@ class Engine:
         admit.check_snapshot_name(self._catalog, request.name)
         found = find_sandbox(self._catalog, reference)
         with self._host.locks.hold(found.id):
-            return self._captured(self._save(self._reread(found), request))
+            verb = self._save(self._reread(found), request)
+        return self._captured(verb)
 
     def _save(self, record: SandboxRecord, request: CaptureRequest) -> Save:
         require(record, "snapshot save", "running")
@@ -216,7 +219,8 @@ class Engine:
         answer = verb.answer()
         packed = self._pack_behind(answer.snapshot)
         if answer.dirty_source == "compared":
-            packed.result()
+            with contextlib.suppress(TimeoutError, CancelledError):  # then it is the upper bound
+                packed.result(PACK_S)
             answer.dirty_pages = views.changed_pages(self._catalog, answer)
         return answer
 
@@ -271,8 +275,8 @@ class Engine:
         check_snapshot(self._host, snapshot)
         forks = [self._new_fork(snapshot) for _ in range(request.count)]
         with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
-            outcomes = list(pool.map(self._start_fork, forks))
-        failed = [outcome for outcome in outcomes if isinstance(outcome, DiapauseError)]
+            outcomes = [pool.submit(self._start_fork, verb) for verb in forks]
+        failed = [error for outcome in outcomes if (error := outcome.exception()) is not None]
         if failed:
             self._undo_forks(forks, outcomes)
             raise failed[0]
@@ -290,32 +294,29 @@ class Engine:
             return find_snapshot(self._catalog, reference), {}
         with self._host.locks.hold(found.id):
             record = self._reread(found)
-            if record.state == "running":
-                answer = self._captured(self._save(record, CaptureRequest(durability="process")))
-                return self._snapshot(answer.snapshot), {"save": answer.phases_ms["total"]}
-            require(record, "fork", "running", "paused", "stopped", "failed")
-            return self._snapshot_of(record), {}
+            if record.state != "running":
+                require(record, "fork", "running", "paused", "stopped", "failed")
+                return self._snapshot_of(record), {}
+            verb = self._save(record, CaptureRequest(durability="process"))
+        answer = self._captured(verb)
+        return self._snapshot(answer.snapshot), {"save": answer.phases_ms["total"]}
 
     def _new_fork(self, snapshot: SnapshotRecord) -> Fork:
         record = self._new_record(None, snapshot.image, snapshot.memory_bytes, snapshot.cpus)
         record.disks_bytes, record.identity = list(snapshot.disks_bytes), snapshot.identity
         record.snapshot, record.agent = snapshot.id, snapshot.agent
-        self._put_new(record)
         return Fork(self._host, record, snapshot)
 
-    def _start_fork(self, verb: Fork) -> DiapauseError | None:
-        try:
-            with self._host.locks.hold(verb.sandbox):
-                verb.execute()
-        except DiapauseError as error:
-            return error
-        return None
+    def _start_fork(self, verb: Fork) -> None:
+        with self._host.locks.hold(verb.sandbox):
+            self._put_new(verb.record)
+            verb.execute()
 
-    def _undo_forks(self, forks: list[Fork], outcomes: list[DiapauseError | None]) -> None:
-        """All of them or none."""
+    def _undo_forks(self, forks: list[Fork], outcomes: list[Future[None]]) -> None:
+        """All of them or none; one that can't be removed keeps no other."""
         for verb, outcome in zip(forks, outcomes, strict=True):
-            if outcome is None:
-                with self._host.locks.hold(verb.sandbox):
+            if outcome.exception() is None:
+                with contextlib.suppress(DiapauseError), self._host.locks.hold(verb.sandbox):
                     Remove(self._host, verb.record).execute()
 
     # -- exec ------------------------------------------------------------------------------------
