@@ -17,7 +17,13 @@ import pytest
 from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
 from diapause.driver.qemu import QemuDriver
-from diapause.errors import CaptureFailed, NotEnoughSpace, SnapshotLost, StorageFailed
+from diapause.errors import (
+    BlobDamaged,
+    CaptureFailed,
+    NotEnoughSpace,
+    SnapshotLost,
+    StorageFailed,
+)
 from diapause.model import CaptureRequest, ForkRequest
 from diapause.sandbox import engine, recovery
 from diapause.sandbox.guests import Guest
@@ -273,6 +279,21 @@ def test_forks_are_all_there_or_none_whatever_failed(
         engine.Engine(host).fork(ForkRequest(source=SNAPSHOT, count=3))
     left = {row.state for row in host.catalog.sandboxes()}
     assert left <= {"creating"}  # the row of the one that failed is its own undo's
+
+
+def test_a_damaged_blob_of_a_parent_is_not_its_childs(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent's flat file is only a shorter way; each snapshot restores alone."""
+
+    def damaged(record: SnapshotRecord) -> None:
+        raise BlobDamaged(blob=f"snapshots/{record.id}/memory.header", cause="a test")
+
+    host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
+    child = snapshot("disk", boot_id())
+    child.id, child.parent = "e" * 16, SNAPSHOT
+    monkeypatch.setattr(host.flats, "_usable", damaged)
+    assert host.flats.of_parent(child, "memory") is None
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

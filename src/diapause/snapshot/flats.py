@@ -175,7 +175,10 @@ class FlatStore:
     def of_parent(self, record: SnapshotRecord, device: str) -> Path | None:
         """The flat file of the parent's device, where there is one that can be trusted."""
         parent = self._catalog.snapshot(record.parent) if record.parent else None
-        flat = self._usable(parent) if parent is not None else None
+        try:
+            flat = self._usable(parent) if parent is not None else None
+        except (BlobDamaged, BlobMissing):
+            return None  # not the child's: what it needs of its parent is verified as it is read
         return flat.files[device] if flat is not None else None
 
     def _remember(self, record: SnapshotRecord, place: Path) -> None:
