@@ -9,6 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
 from diapause.sandbox.resume import Boot, Fork, check_snapshot
+from diapause.snapshot import flats
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
 
@@ -294,6 +296,31 @@ def test_a_damaged_blob_of_a_parent_is_not_its_childs(
     child.id, child.parent = "e" * 16, SNAPSHOT
     monkeypatch.setattr(host.flats, "_usable", damaged)
     assert host.flats.of_parent(child, "memory") is None
+
+
+def test_flat_files_have_their_record_or_are_not_there(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for the record; later, a crash of the host that tore it: they are made again."""
+    full = NotEnoughSpace(what="x", needed_bytes="more", directory="/", available_bytes=0)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise full
+
+    record, place = snapshot("process", boot_id()), host.home.flat_of(SNAPSHOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(flats, "write_file", refuse)
+        with pytest.raises(NotEnoughSpace):
+            host.flats.ensure(record)
+    assert not place.exists()
+    assert list(host.home.tmp.iterdir()) == []
+    assert host.flats.ensure(record).made
+    assert not host.flats.ensure(record).made
+    known = place / "flat.json"
+    known.unlink()
+    known.touch()
+    assert host.flats.ensure(record).made
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

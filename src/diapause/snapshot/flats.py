@@ -110,7 +110,10 @@ class FlatStore:
         known_path = place / "flat.json"
         if not known_path.exists():
             return None
-        known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
+        try:
+            known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
+        except msgspec.DecodeError:
+            return None  # it was never synced: a crash of the host may have torn it
         touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
         if touched or known.boot_id != boot_id():
             return None  # what was verified is not what is there: made again
@@ -144,10 +147,10 @@ class FlatStore:
             with Headers(self._home, self._catalog, self._templates, self._leases) as headers:
                 for device in record.devices:
                     self._make_device(headers, record, device.name, fresh / device.name)
+            self._remember(record, fresh)
             place = self._home.flat_of(record.id)
             remove_tree(place)
             fresh.rename(place)
-            self._remember(record, place)
         finally:
             remove_tree(fresh)
         return Flat({d.name: place / d.name for d in record.devices}, made=True)
