@@ -25,13 +25,14 @@ from diapause.errors import (
     SnapshotLost,
     StorageFailed,
 )
+from diapause.guest.link import Link
 from diapause.model import CaptureRequest, ForkRequest
 from diapause.sandbox import engine, recovery
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
-from diapause.sandbox.resume import Boot, Fork, check_snapshot
+from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
 from diapause.snapshot import flats
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
@@ -321,6 +322,22 @@ def test_flat_files_have_their_record_or_are_not_there(
     known.unlink()
     known.touch()
     assert host.flats.ensure(record).made
+
+
+def test_a_resume_that_cannot_begin_leaves_the_sessions_waiting(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was journaled, so nothing is undone; the next resume goes on with the same link."""
+    full = NotEnoughSpace(what="x", needed_bytes="more", directory="/", available_bytes=0)
+
+    def refuse(*_: object) -> None:
+        raise full
+
+    link = host.parked[SANDBOX] = Link(SANDBOX)
+    monkeypatch.setattr(host.catalog, "begin", refuse)
+    with pytest.raises(NotEnoughSpace):
+        Resume(host, sandbox(), snapshot("disk", boot_id())).execute()
+    assert Resume(host, sandbox(), snapshot("disk", boot_id())).guest.link is link
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

@@ -54,7 +54,7 @@ class Start(Verb):
         self.record, self.source = record, source
         self.before = record.state
         self.directory = host.home.sandbox(record.id)
-        self.guest = Guest(record.id, host.loop, host.parked.pop(record.id, None))
+        self.guest = Guest(record.id, host.loop, host.parked.get(record.id))
         self.memory: Path
         self.disks: list[Path]  # the read-only files below the overlays
         self.state: BinaryIO | None = None  # open: packing may remove its file meanwhile
@@ -152,11 +152,13 @@ class Start(Verb):
         record.tracker = self.guest.machine.tracked
         self.host.guests[record.id] = self.guest
         self.host.catalog.put_sandbox(record)
+        self.host.parked.pop(record.id, None)  # only now: until then its sessions may still wait
 
     # -- failure ---------------------------------------------------------------------------------
 
     def undo(self, step: str, error: BaseException) -> None:
         """No process and no file of this attempt stays."""
+        self.host.guests.pop(self.record.id, None)
         if self.guest.machine is not None:
             self._let_go(self.guest.machine)
         if self.state is not None:
