@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 
+from diapause import _core
 from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
 from diapause.driver.qemu import QemuDriver
@@ -34,8 +35,10 @@ from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
 from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
 from diapause.snapshot import flats
+from diapause.snapshot.capture import CaptureFiles
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
+from tests.framework.blobs import page_of, write_buffer
 
 SANDBOX, SNAPSHOT = "a" * 16, "b" * 16
 STANDING = SimpleNamespace(machine=SimpleNamespace(tracked=True, alive=lambda: False))
@@ -338,6 +341,19 @@ def test_a_resume_that_cannot_begin_leaves_the_sessions_waiting(
     with pytest.raises(NotEnoughSpace):
         Resume(host, sandbox(), snapshot("disk", boot_id())).execute()
     assert Resume(host, sandbox(), snapshot("disk", boot_id())).guest.link is link
+
+
+@pytest.mark.parametrize(("durability", "page"), [("process", 1), ("disk", 2)])
+def test_a_durable_capture_is_read_from_its_file(host: Host, durability: str, page: int) -> None:
+    """A buffer on a disk may come back from a crash of the host, sealed and without its pages."""
+    files = CaptureFiles(host.home, SNAPSHOT)
+    files.directory.mkdir()
+    write_buffer(files.buffer, 8, {1: page_of(1)})
+    written = host.home.buffers / "written"
+    write_buffer(written, 8, {2: page_of(2)})
+    _core.write_out(str(written), str(files.memory))
+    [layer] = files.layers(snapshot(durability, boot_id()), "memory")
+    assert layer.source.runs() == [(page, 1)]
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

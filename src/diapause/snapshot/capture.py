@@ -55,7 +55,7 @@ class CaptureFiles:
     def layers(self, record: SnapshotRecord, device: str) -> list[Layer]:
         """The device's captures, oldest first."""
         if device == "memory":
-            return [Layer(self._id(device, 0), self._memory())]
+            return [Layer(self._id(device, 0), self._memory(record.durability))]
         size = next(d.size_bytes for d in record.devices if d.name == device)
         found: list[Layer] = []
         while (overlay := self.overlay(device, len(found))).exists():
@@ -68,8 +68,9 @@ class CaptureFiles:
     def _id(self, device: str, layer: int) -> str:
         return _core.blake3_bytes(f"{self.snapshot}/{device}/{layer}".encode())
 
-    def _memory(self) -> _core.PageSource:
-        if self.buffer.exists():
+    def _memory(self, durability: str) -> _core.PageSource:
+        """A buffer is not synced: a durable capture is its file, whatever a crash left beside."""
+        if durability == "process" and self.buffer.exists():
             spill = str(self.memory) if self.memory.exists() else None
             return _core.PageSource.capture(str(self.buffer), spill)
         if not self.memory.exists():
