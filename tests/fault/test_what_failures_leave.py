@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any, cast
 import pytest
 
 from diapause import _core
-from diapause.catalog import Identity, Operation, SandboxRecord, SnapshotRecord
+from diapause.catalog import Identity, Operation, Process, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
+from diapause.driver.process import process_ref
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import (
     BlobDamaged,
@@ -25,6 +27,7 @@ from diapause.errors import (
     NotEnoughSpace,
     SnapshotLost,
     StorageFailed,
+    VmmTimeout,
 )
 from diapause.guest.link import Link
 from diapause.model import CaptureRequest, ForkRequest
@@ -354,6 +357,37 @@ def test_a_durable_capture_is_read_from_its_file(host: Host, durability: str, pa
     _core.write_out(str(written), str(files.memory))
     [layer] = files.layers(snapshot(durability, boot_id()), "memory")
     assert layer.source.runs() == [(page, 1)]
+
+
+def test_a_vmm_that_does_not_answer_a_new_daemon_is_settled_when_it_does(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guest may stand, but it lives: it is no failed sandbox, and its operation stays open."""
+    me = process_ref(os.getpid())
+    assert me is not None
+    record, asked = sandbox(), standing(host)
+    machine = host.guests.pop(SANDBOX).machine
+    record.process, record.agent = Process(me.pid, me.start_ticks, me.boot_id), False
+    host.catalog.put_sandbox(record)
+    host.catalog.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
+    silence = VmmTimeout(sandbox=SANDBOX, step="query-status", bound_s=20)
+
+    def refuse(*_: object) -> None:
+        raise silence
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "watch", lambda work: None)
+        patch.setattr(host.driver, "adopt", refuse)
+        recovery.recover(host)
+    found = host.catalog.sandbox(SANDBOX)
+    assert (found and found.state, len(host.catalog.open_operations())) == ("running", 1)
+    answers: Iterator[Any] = iter([refuse, lambda *_: machine])
+    monkeypatch.setattr(recovery, "_BETWEEN_S", 0.0)
+    monkeypatch.setattr(host.driver, "adopt", lambda *_: next(answers)())
+    recovery.settle_when_it_answers(host, SANDBOX)
+    assert asked == ["thaw"]
+    assert SANDBOX in host.guests
+    assert host.catalog.open_operations() == []
 
 
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:

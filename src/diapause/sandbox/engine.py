@@ -36,7 +36,7 @@ from diapause.model import (
 from diapause.sandbox import accelerator, admit, doctor, views
 from diapause.sandbox.host import Host, row_identity
 from diapause.sandbox.pause import Pause, Save
-from diapause.sandbox.recovery import recover, settle
+from diapause.sandbox.recovery import is_unsettled, recover, settle
 from diapause.sandbox.refer import find_sandbox, find_snapshot, host_name
 from diapause.sandbox.remove import Remove
 from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
@@ -334,8 +334,7 @@ class Engine:
         """The row as it is under the lock; what a verb could not finish is settled first."""
         found = self._catalog.sandbox(record.id)
         assert found is not None
-        under_way = found.state in ("creating", "pausing", "resuming", "removing")
-        if under_way or self._catalog.open_operations(record.id):
+        if is_unsettled(self._host, found):
             settle(self._host, found)
             found = self._catalog.sandbox(record.id)
             assert found is not None

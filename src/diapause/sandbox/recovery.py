@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from diapause import _core
 from diapause.driver.base import ProcessRef
+from diapause.driver.process import is_alive
 from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.frozen import top_node
 from diapause.errors import DiapauseError, SnapshotLost
-from diapause.limits import AGENT_READY_S
+from diapause.limits import AGENT_READY_S, RESCUE_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.remove import Remove, end_orphan
 from diapause.sandbox.rescue import thaw_if_it_stands
@@ -43,22 +46,56 @@ if TYPE_CHECKING:
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.recovery")
+_BETWEEN_S = 0.5
 
 
 def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
-    for record in host.catalog.sandboxes():
-        try:
-            settle(host, record)
-        except DiapauseError as error:
-            log.warning("recovery of %s: %s", record.id, error)
-            record.state, record.error = "failed", error.to_dict()
-            host.catalog.put_sandbox(record)
+    silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
     for operation in host.catalog.open_operations():
-        host.catalog.end(operation.id, "recovered")  # of sandboxes that are gone
+        if operation.sandbox not in silent:
+            host.catalog.end(operation.id, "recovered")  # of sandboxes that are gone
+    for sandbox in silent:
+        host.watch(partial(settle_when_it_answers, host, sandbox))
     _fail_lost_captures(host)
     end_strays(host)
     sweep(host)
+
+
+def _settled(host: Host, record: SandboxRecord) -> bool:
+    """Whether it could be settled; a VMM that runs and does not answer is no failed sandbox."""
+    process = record.process
+    try:
+        settle(host, record)
+    except DiapauseError as error:
+        log.warning("recovery of %s: %s", record.id, error)
+        if process and is_alive(ProcessRef(process.pid, process.start_ticks, process.boot_id)):
+            return False
+        record.state, record.error = "failed", error.to_dict()
+        host.catalog.put_sandbox(record)
+    return True
+
+
+def settle_when_it_answers(host: Host, sandbox: str) -> None:
+    """Try again until the VMM answers or is gone, within a bound; any verb does the same."""
+    deadline = time.monotonic() + RESCUE_S
+    while time.monotonic() < deadline:
+        try:
+            with host.locks.hold(sandbox):
+                record = host.catalog.sandbox(sandbox)
+                if record is not None and is_unsettled(host, record):
+                    settle(host, record)
+            return
+        except DiapauseError as error:
+            log.warning("%s is not settled yet: %s", sandbox, error)
+        time.sleep(_BETWEEN_S)
+
+
+def is_unsettled(host: Host, record: SandboxRecord) -> bool:
+    """Whether a verb, of this daemon or the last one, left something to be settled."""
+    under_way = record.state in ("creating", "pausing", "resuming", "removing")
+    unknown = record.state == "running" and record.id not in host.guests
+    return under_way or unknown or bool(host.catalog.open_operations(record.id))
 
 
 def _fail_lost_captures(host: Host) -> None:
