@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from diapause.errors import AgentRefused
+from diapause.errors import AgentRefused, AgentUnreachable
 from diapause.guest.link import Link
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.start import Start
@@ -66,3 +66,25 @@ def test_an_agent_that_breaks_the_protocol_is_no_agent(warm: bool) -> None:
     else:
         with pytest.raises(AgentRefused):
             Start.do_greet(verb)
+
+
+def test_a_vmm_that_takes_no_connections_does_not_hold_up_the_daemon() -> None:
+    """Only whoever asked for its agent waits."""
+
+    async def scene() -> None:
+        hung = threading.Event()
+
+        def agent_socket(bound_s: float) -> None:
+            assert hung.wait(bound_s)
+            raise AgentUnreachable(sandbox="test", bound_s=bound_s)
+
+        guest = Guest("test", asyncio.get_running_loop())
+        guest.machine = cast("Any", SimpleNamespace(agent_socket=agent_socket))
+        asked = asyncio.create_task(guest.answering_link(20.0))
+        await asyncio.sleep(0.05)  # the loop goes on
+        assert not asked.done()
+        hung.set()
+        with pytest.raises(AgentUnreachable):
+            await asked
+
+    asyncio.run(scene())

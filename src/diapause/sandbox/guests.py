@@ -63,7 +63,8 @@ class Guest:
         async with self._reconnecting:
             self._renew_link()
             if not self.link.attached and self.machine is not None:
-                connection = self.machine.agent_socket(bound_s)
+                # In a thread: a VMM that hangs takes no connections, and the daemon goes on.
+                connection = await asyncio.to_thread(self.machine.agent_socket, bound_s)
                 await self.link.attach(connection, identity=None, bound_s=bound_s)
         return self.link
 
