@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from diapause.errors import VmmTimeout
-from diapause.model import CaptureRequest, RunRequest
+from diapause.driver.qemu import frozen
+from diapause.errors import CaptureFailed, VmmTimeout
+from diapause.model import CaptureRequest, ForkRequest, RunRequest
 from diapause.sandbox.engine import Engine
 from diapause.sandbox.rescue import thaw_when_it_answers
 from diapause.store.home import Home
@@ -81,3 +82,31 @@ def test_it_asks_again_after_a_bound_and_gives_up_on_a_guest_that_ended(
     eventually("its end", lambda: ran.sandbox not in engine.host.guests)
     assert not thaw_when_it_answers(engine.host, ran.sandbox)
     assert engine.inspect(ran.sandbox).state == "failed"
+
+
+@pytest.mark.parametrize("step", ["stop", "_save_state"])
+def test_a_section_that_fails_leaves_no_node_that_is_not_in_use(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Before the switch the next overlay is dropped; after it the disk goes on in it."""
+    ran = engine.run(RunRequest(memory_bytes=128 * MIB, disk_bytes=64 * MIB, boot=True))
+    machine = engine.host.guests[ran.sandbox].machine
+    assert machine is not None
+
+    def nodes() -> int:
+        return len(machine.checked("query-named-block-nodes"))
+
+    def refuse(*_: object) -> None:
+        raise VmmTimeout(sandbox=ran.sandbox, step=step, bound_s=20)
+
+    before = nodes()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine if step == "stop" else frozen, step, refuse)
+        with pytest.raises(CaptureFailed):
+            engine.save(ran.sandbox, CaptureRequest())
+    assert nodes() == (before if step == "stop" else before + 2)
+    assert machine.status() == "running"
+    saved = engine.save(ran.sandbox, CaptureRequest())
+    assert nodes() == (before + 2 if step == "stop" else before + 4)
+    forked = engine.fork(ForkRequest(source=saved.snapshot, count=1))
+    assert len(forked.sandboxes) == 1

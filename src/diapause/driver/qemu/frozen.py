@@ -68,6 +68,7 @@ def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
     try:
         nodes = _hand_over(machine, plan)
     except (DiapauseError, QmpError, OSError) as error:
+        _give_back(machine, plan)
         _take_back(machine)
         raise FrozenSectionFailed(
             section.frozen, _failure(machine, section, error), True
@@ -80,7 +81,8 @@ def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
         if plan.goes_on:
             section.take("thaw", machine.thaw)
     except BaseException as error:  # whatever it is: what was switched or re-armed must be known
-        thawed = _thaw_after_failure(machine)
+        if thawed := _thaw_after_failure(machine):
+            _give_back(machine, plan)
         raise FrozenSectionFailed(
             section.frozen, _failure(machine, section, error), thawed
         ) from error
@@ -155,7 +157,7 @@ def top_node(machine: QemuMachine, index: int) -> str:
 
 def _add_overlay(machine: QemuMachine, index: int, overlay: Path) -> str:
     name = node_name(index, overlay)
-    set_id = _OVERLAY_SET + int(name.rsplit("-", 1)[-1], 16)
+    set_id = _overlay_set(name)
     fd = os.open(overlay, os.O_RDWR | os.O_CLOEXEC)
     try:
         machine.command("add-fd", fd=fd, fdset_id=set_id)
@@ -169,6 +171,20 @@ def _add_overlay(machine: QemuMachine, index: int, overlay: Path) -> str:
         discard="unmap",
     )  # fmt: skip
     return name
+
+
+def _overlay_set(name: str) -> int:
+    return _OVERLAY_SET + int(name.rsplit("-", 1)[-1], 16)
+
+
+def _give_back(machine: QemuMachine, plan: FreezePlan) -> None:
+    """Drop the overlays that no disk went over to; QEMU refuses it for one that is in use."""
+    for index, overlay in enumerate(plan.next_overlays):
+        name = node_name(index, overlay)
+        with contextlib.suppress(QmpError, DiapauseError):
+            machine.command("blockdev-del", node_name=name)
+            machine.command("blockdev-del", node_name=f"{name}-file")
+            machine.command("remove-fd", fdset_id=_overlay_set(name))
 
 
 def _take_back(machine: QemuMachine) -> None:
