@@ -390,6 +390,17 @@ def test_a_vmm_that_does_not_answer_a_new_daemon_is_settled_when_it_does(
     assert host.catalog.open_operations() == []
 
 
+def test_a_tmpfs_that_was_cleared_fails_no_later_capture(host: Host) -> None:
+    """As happens to a user's when its last session ends."""
+    verb = save(host)
+    verb.machine = cast("Any", SimpleNamespace(dirty_estimate=lambda rule: 0))
+    verb.request.durability = "process"
+    host.home.buffers.rmdir()
+    verb.do_prepare()
+    assert verb.files.buffer.exists()
+    verb.buffer = None
+
+
 def test_a_host_name_has_no_characters_that_it_may_not_have() -> None:
     """Every name that a sandbox may have makes one that the agent takes."""
     assert host_name("my_box.1") == "my-box.1"

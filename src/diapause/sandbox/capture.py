@@ -117,6 +117,8 @@ class Capture(Verb):
         self._prepare_overlays()
         with storage_errors("the capture", self.host.home.root):
             self.files.directory.mkdir(mode=0o700)
+            # A system may clear its tmpfs when a user logs out, and what is below with it.
+            self.host.home.buffers.mkdir(mode=0o700, exist_ok=True)
             write_file(self.files.raw_state, b"", sync=False, mode=0o600)
             self.buffer = self._make_buffer(estimate)
             if not self.mark.exists():
