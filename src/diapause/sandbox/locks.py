@@ -32,8 +32,3 @@ class SandboxLocks:
             yield
         finally:
             lock.release()
-
-    def forget(self, sandbox: str) -> None:
-        """Drop the lock of a sandbox that is gone."""
-        with self._guard:
-            self._locks.pop(sandbox, None)

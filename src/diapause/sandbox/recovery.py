@@ -128,7 +128,8 @@ def settle(host: Host, record: SandboxRecord) -> None:
 def _settle_running(host: Host, record: SandboxRecord, operations: list[Operation]) -> None:
     machine = _adopt(host, record)
     captures = [operation for operation in operations if operation.verb in ("pause", "save")]
-    if record.state == "pausing" and any(_committed(host, capture) for capture in captures):
+    pauses = [capture for capture in captures if capture.verb == "pause"]
+    if record.state == "pausing" and any(_committed(host, pause) for pause in pauses):
         if machine is not None:
             _disarm(host, record)
             machine.kill()

@@ -17,7 +17,6 @@ from __future__ import annotations
 from diapause.catalog import SandboxRecord
 from diapause.errors import WrongState
 
-ACTIVE = ("running", "pausing")  # has a VMM that must be alive
 _ADVICE = {
     "paused": "`diapause resume {id}` brings it back.",
     "stopped": "It ended ({reason}); `diapause fork {snapshot}` starts from its last snapshot.",
