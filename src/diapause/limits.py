@@ -43,6 +43,7 @@ AGENT_READY_S = 30.0
 GUEST_FREEZE_S = 5.0
 LOCK_S = 300.0
 RESCUE_S = 900.0
+STALL_RETRY_S = 2.0
 PACK_S = 1800.0
 END_S = 2 * PACK_S  # longer than any verb: what ended meanwhile is settled behind it
 SUBPROCESS_S = 300.0

@@ -198,7 +198,7 @@ class Engine:
                 return views.paused_already(self._catalog, record)
             require(record, "pause", "running")
             verb = Pause(self._host, record, self._guest(record), request)
-            verb.execute()
+            self._capture(verb)
         return self._captured(verb)
 
     def save(self, reference: str, request: CaptureRequest) -> CaptureAnswer:
@@ -212,8 +212,16 @@ class Engine:
     def _save(self, record: SandboxRecord, request: CaptureRequest) -> Save:
         require(record, "snapshot save", "running")
         verb = Save(self._host, record, self._guest(record), request)
-        verb.execute()
+        self._capture(verb)
         return verb
+
+    def _capture(self, verb: Pause | Save) -> None:
+        try:
+            verb.execute()
+        except BaseException:
+            if verb.committed and verb.snapshot is not None:
+                self._pack_behind(verb.snapshot)  # the snapshot is whole, whatever came after
+            raise
 
     def _captured(self, verb: Pause | Save) -> CaptureAnswer:
         answer = verb.answer()

@@ -38,6 +38,7 @@ class Guest:
         self._watch: asyncio.Task[None] | None = None
         self._pidfd = -1
         self._reconnecting = asyncio.Lock()
+        self.stalled: str | None = None  # why the VMM stopped it over its disk; it is seen to
 
     def _await(self, work: Coroutine[Any, Any, Any], bound_s: float) -> Any:
         """Run a coroutine in the daemon's loop and wait for it here."""
@@ -93,11 +94,16 @@ class Guest:
 
     # -- its end ---------------------------------------------------------------------------------
 
-    def arm(self, ended: Callable[[Guest, str], None]) -> None:
-        """Watch the VMM; `ended(self, reason)` is called once, in the loop."""
-        self._loop.call_soon_threadsafe(self._arm, ended)
+    def arm(
+        self, ended: Callable[[Guest, str], None], stalled: Callable[[Guest, str], None]
+    ) -> None:
+        """Watch the VMM, in the loop: `ended(self, reason)` once, `stalled(self, reason)` each time
+        that the VMM stops its guest for want of space or a failing disk."""
+        self._loop.call_soon_threadsafe(self._arm, ended, stalled)
 
-    def _arm(self, ended: Callable[[Guest, str], None]) -> None:
+    def _arm(
+        self, ended: Callable[[Guest, str], None], stalled: Callable[[Guest, str], None]
+    ) -> None:
         assert self.machine is not None
         self._pidfd = self.machine.pidfd()
 
@@ -110,7 +116,8 @@ class Guest:
             ended(self, "the VMM has ended")
             return
         self._loop.add_reader(self._pidfd, once, "the VMM has ended")
-        self._watch = self._loop.create_task(_watch_events(self.machine.paths.events, once))
+        watching = _watch_events(self.machine.paths.events, once, lambda why: stalled(self, why))
+        self._watch = self._loop.create_task(watching)
 
     def disarm(self) -> None:
         """Stop watching: what happens to the VMM from here on is a verb's doing."""
@@ -129,8 +136,10 @@ class Guest:
             self._watch = None
 
 
-async def _watch_events(path: Any, once: Callable[[str], None]) -> None:
-    """Read the events monitor until it says that the guest ended."""
+async def _watch_events(
+    path: Any, once: Callable[[str], None], stalled: Callable[[str], None]
+) -> None:
+    """Read the events monitor until it says that the guest ended; pass on each stall."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     connection.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -142,13 +151,26 @@ async def _watch_events(path: Any, once: Callable[[str], None]) -> None:
         await reader.readline()
         writer.write(b'{"execute":"qmp_capabilities"}\n{"execute":"query-status"}\n')
         while line := await reader.readline():
-            if reason := _ending(json.loads(line)):
+            message = json.loads(line)
+            if reason := _ending(message):
                 once(reason)
                 return
+            if reason := _stall(message):
+                stalled(reason)
     except (OSError, ValueError, DiapauseError) as error:
         log.warning("events of %s: %s", path, error)
     finally:
         connection.close()
+
+
+def _stall(message: dict[str, Any]) -> str | None:
+    """Why the VMM stopped its guest over a request that the host could not do."""
+    data = message.get("data", {})
+    if message.get("event") == "BLOCK_IO_ERROR" and data.get("action") == "stop":
+        return str(data.get("reason", "an I/O error"))
+    answer = message.get("return")
+    stands = isinstance(answer, dict) and answer.get("status") == "io-error"
+    return "an I/O error" if stands else None
 
 
 def _ending(message: dict[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from diapause.errors import DiapauseError, VmmFailed
 from diapause.limits import END_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
+from diapause.sandbox.rescue import go_on_after_stall
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
@@ -62,7 +63,7 @@ class Host:
         self._watch = ThreadPoolExecutor(32, "diapause-watch")  # what may wait for a sandbox
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
-        self._closing = False
+        self.closing = False
 
     # -- work behind the verbs -------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class Host:
         """Do `work` after what was asked before it; its failure is logged, and kept in a row."""
 
         def run() -> None:
-            if self._closing:
+            if self.closing:
                 return
             try:
                 work()
@@ -96,7 +97,7 @@ class Host:
 
     def close(self) -> None:
         """Let go of everything; guests go on."""
-        self._closing = True
+        self.closing = True
         self._background.shutdown(wait=True, cancel_futures=True)
         self._beside.shutdown(wait=True)
         self._watch.shutdown(wait=False, cancel_futures=True)
@@ -118,6 +119,12 @@ class Host:
                 settle_end(self, guest, reason)
         except Exception:
             log.exception("the end of %s", guest.sandbox)
+
+    def guest_stalled(self, guest: Guest, reason: str) -> None:
+        """The VMM stopped a guest whose disk has no room; called in the loop, once per stall."""
+        if guest.stalled is None:
+            guest.stalled = reason
+            self.watch(lambda: go_on_after_stall(self, guest, reason))
 
     def end(self, record: SandboxRecord, reason: str) -> None:
         """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""

@@ -99,12 +99,17 @@ def is_unsettled(host: Host, record: SandboxRecord) -> bool:
 
 
 def _fail_lost_captures(host: Host) -> None:
-    """A capture that was never synced is not served after the host went down."""
+    """A capture that was never synced is not served after the host went down, nor one whose
+    buffer somebody removed."""
     for record in host.catalog.snapshots():
-        lost = record.durability == "process" and record.boot_id != boot_id()
-        if record.state == "captured" and lost:
+        if record.state != "captured":
+            continue
+        files = CaptureFiles(host.home, record.id)
+        of_another_boot = record.durability == "process" and record.boot_id != boot_id()
+        if of_another_boot or not (files.buffer.exists() or files.memory.exists()):
+            cause = "lost with the host" if of_another_boot else "its capture buffer was removed"
             record.state = "failed"
-            record.error = SnapshotLost(snapshot=record.id, cause="lost with the host").to_dict()
+            record.error = SnapshotLost(snapshot=record.id, cause=cause).to_dict()
             host.catalog.put_snapshot(record, durable=True)
 
 
@@ -265,7 +270,7 @@ def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     guest = Guest(record.id, host.loop)
     guest.machine = machine
     host.guests[record.id] = guest
-    guest.arm(host.guest_ended)
+    guest.arm(host.guest_ended, host.guest_stalled)
     if record.agent:
         host.watch(lambda: _greet(guest))
 

@@ -2,23 +2,29 @@
 
 A capture that fails because the VMM reached a bound (a disk that takes minutes to flush, say) may
 leave a `stop` behind that takes effect later. Nobody would undo it: so somebody waits for the VMM.
+
+QEMU itself stops a guest whose write the host has no room for, and keeps the request. It is thawed
+again and again until the write goes through; meanwhile `inspect` says why it stands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
 
 from diapause.errors import DiapauseError
-from diapause.limits import RESCUE_S
+from diapause.limits import RESCUE_S, STALL_RETRY_S
 
 if TYPE_CHECKING:
     from diapause.driver.qemu.machine import QemuMachine
+    from diapause.sandbox.guests import Guest
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.rescue")
 _BETWEEN_S = 0.5
+_SETTLE_S = 0.2
 
 
 def thaw_if_it_stands(machine: QemuMachine) -> None:
@@ -43,4 +49,37 @@ def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
             log.warning("%s was thawed after a capture that failed", sandbox)
             return True
         time.sleep(_BETWEEN_S)
+    return False
+
+
+def go_on_after_stall(host: Host, guest: Guest, reason: str) -> None:
+    """Thaw a guest that stands over its disk until it stays running.
+
+    Nothing is written to say so: what is missing is room. `inspect` asks the guest (`stalled`).
+    """
+    log.warning("%s stands: its disk can't be written (%s)", guest.sandbox, reason)
+    while not host.closing and host.guests.get(guest.sandbox) is guest:
+        time.sleep(STALL_RETRY_S)
+        try:
+            with host.locks.hold(guest.sandbox):
+                if guest.machine is None or _stays_running(guest.machine):
+                    break
+        except DiapauseError as error:
+            log.warning("%s stands and can't be thawed: %s", guest.sandbox, error)
+    guest.stalled = None  # from here on an event begins anew; one that was passed over shows now
+    if _stands(host, guest):
+        host.guest_stalled(guest, reason)
+
+
+def _stays_running(machine: QemuMachine) -> bool:
+    """Thaw it and look again: the request is made anew at once, and stops it anew at once."""
+    thaw_if_it_stands(machine)
+    time.sleep(_SETTLE_S)
+    return not machine.alive() or machine.status() != "paused"
+
+
+def _stands(host: Host, guest: Guest) -> bool:
+    with host.locks.hold(guest.sandbox), contextlib.suppress(DiapauseError):
+        if host.guests.get(guest.sandbox) is guest and guest.machine is not None:
+            return guest.machine.alive() and guest.machine.status() == "paused"
     return False

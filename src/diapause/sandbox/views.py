@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from diapause.errors import StorageFailed
 from diapause.model import (
     CaptureAnswer,
     DeviceInfo,
@@ -42,13 +43,21 @@ def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
         vmm = VmmInfo(kind=identity.kind, version=identity.version, pid=record.process.pid)
     return SandboxDetail(
         id=record.id, name=record.name, state=cast("SandboxState", record.state),
-        image=record.image, parent=record.snapshot, vmm=vmm, error=record.error,
+        image=record.image, parent=record.snapshot, vmm=vmm, error=_error(host, record),
         reason=record.reason, memory_bytes=record.memory_bytes, cpus=record.cpus,
         disk_bytes=sum(record.disks_bytes), created_at=record.created_at,
         accelerator=record.identity.accelerator if record.identity else None,
         tracker=record.tracker, hostname=record.hostname, doing=_doing(host.catalog, record.id),
         directory=str(host.home.sandbox(record.id)),
     )  # fmt: skip
+
+
+def _error(host: Host, record: SandboxRecord) -> dict[str, Any] | None:
+    """The row's, or why the guest stands right now."""
+    guest = host.guests.get(record.id)
+    if guest is None or guest.stalled is None:
+        return record.error
+    return StorageFailed(what="the disk of a running guest", cause=guest.stalled).to_dict()
 
 
 def _doing(catalog: Catalog, sandbox: str) -> str | None:

@@ -114,6 +114,8 @@ class FlatStore:
             known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
         except msgspec.DecodeError:
             return None  # it was never synced: a crash of the host may have torn it
+        except FileNotFoundError:
+            return None  # it is being made again
         touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
         if touched or known.boot_id != boot_id():
             return None  # what was verified is not what is there: made again

@@ -66,7 +66,7 @@ class Packer:
                 devices=devices,
                 error=None,
             )
-            state = CaptureFiles(self._home, record.id).state.read_bytes()
+            state = self._flats.device_state(record).read_bytes()
             write_file(fresh / "device-state", state, sync=True)
             write_file(fresh / "manifest.json", manifest_bytes(packed), sync=True)
             self._publish(fresh, packed)
