@@ -61,7 +61,9 @@ class FakeHome:
 
     def command(self, *words: str) -> list[str]:
         """The command line over this home."""
-        return [*PROGRAM, "--home", str(self.home.root), *words]
+        # A run in the background of a shell may have been told to ignore interrupts.
+        heed = ["env", "--default-signal=INT"]
+        return [*heed, *PROGRAM, "--home", str(self.home.root), *words]
 
     def spawn(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start the command line."""

@@ -7,12 +7,12 @@ are dropped, and the fork's disk, copied on the host, is clean once its journal 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.framework.disks import clean_copy
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import Daemon, Sandbox
 
@@ -81,18 +81,8 @@ def check_fork(fork: Sandbox) -> tuple[int, int]:
 
 
 def check_disk(flat: Path, place: Path) -> int:
-    """A copy of the disk: the first check only replays the journal, the second finds nothing.
-
-    Returns the number that is on it.
-    """
-    copy = place / "disk"
-    shutil.copyfile(flat, copy)
-    replay = subprocess.run(
-        ["e2fsck", "-fy", "-E", "journal_only", str(copy)], capture_output=True, text=True
-    )
-    assert replay.returncode in (0, 1), replay
-    check = subprocess.run(["e2fsck", "-fn", str(copy)], capture_output=True, text=True)
-    assert check.returncode == 0, (replay.stdout, check.stdout)
+    """The disk is clean; returns the number that is on it."""
+    copy = clean_copy(flat, place)
     shown = subprocess.run(
         ["debugfs", "-R", "cat /number", str(copy)], capture_output=True, check=True
     )
