@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from diapause.driver.qemu.machine import QemuMachine
 
 IOV_MAX = 1024
+# QEMU's default for a migration, and as good as none.
+BANDWIDTH_DEFAULT, BANDWIDTH_UNLIMITED = 128 << 20, 1 << 40
 PAGE = 4096
 
 
@@ -77,12 +79,12 @@ class ByHand:
         """Its guest RAM."""
         return self.machine.ram
 
-    def migrate_to_file(self) -> float:
+    def migrate_to_file(self, max_bandwidth: int) -> float:
         """Stop, migrate to a file, until it has completed: how long the guest is frozen, ms."""
         target = self._scratch / "migrated"
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            self.machine.checked("migrate-set-parameters", max_bandwidth=1 << 40)
+            self.machine.checked("migrate-set-parameters", max_bandwidth=max_bandwidth)
             self.machine.checked("getfd", fd=fd, fdname="out")
             began = time.perf_counter()
             self.machine.checked("stop")
@@ -94,6 +96,7 @@ class ByHand:
         finally:
             os.close(fd)
         target.unlink()
+        self.machine.thaw()
         return took
 
     def savevm(self) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+NO_BOUND = float("inf")  # for information
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -59,11 +61,14 @@ class Row:
     def as_json(self) -> str:
         """The row as one JSON line, values and all."""
         known = {"ratio": self.ratio, "kept": self.kept}
-        return json.dumps({**asdict(self), **known}, default=str)
+        bound = None if self.ratio_max == NO_BOUND else self.ratio_max
+        return json.dumps({**asdict(self), "ratio_max": bound, **known}, default=str)
 
 
 def bound_text(ratio_max: float) -> str:
     """How a bound is written: a small one as how many times less."""
+    if ratio_max == NO_BOUND:
+        return "none"
     return f"<= 1/{1 / ratio_max:.3g}" if ratio_max < 1 else f"<= {ratio_max:.3g}"
 
 
