@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, TypeVar
 
-from diapause.errors import AmbiguousReference, InvalidRequest, SandboxNotFound, SnapshotNotFound
+from diapause.errors import (
+    AmbiguousReference,
+    InvalidRequest,
+    SandboxNotFound,
+    SnapshotNotFound,
+)
 from diapause.limits import NAME_LENGTH_MAX, REFERENCE_LENGTH_MAX
 
 if TYPE_CHECKING:
@@ -40,30 +45,28 @@ def labels(rows: Sequence[SandboxRecord] | Sequence[SnapshotRecord]) -> str:
     return ", ".join(found[:_CANDIDATES_MAX]) + more or "none"
 
 
-def _matches(rows: Sequence[Row], reference: str) -> list[Row]:
+def _one(rows: Sequence[Row], reference: str) -> Row | None:
+    """The row with this id or name, else the only one whose id begins so."""
     if len(reference) > REFERENCE_LENGTH_MAX or not reference:
         raise InvalidRequest(what="The reference", cause="it is empty or too long")
     exact = [row for row in rows if reference in (row.id, row.name)]
-    return exact or [row for row in rows if row.id.startswith(reference)]
+    found = exact or [row for row in rows if row.id.startswith(reference)]
+    if len(found) > 1:
+        raise AmbiguousReference(reference=reference, candidates=labels(found))
+    return found[0] if found else None
 
 
 def find_sandbox(catalog: Catalog, reference: str) -> SandboxRecord:
     """The one sandbox that is meant."""
     rows = catalog.sandboxes()
-    found = _matches(rows, reference)
-    if not found:
+    if (found := _one(rows, reference)) is None:
         raise SandboxNotFound(reference=reference, candidates=labels(rows))
-    if len(found) > 1:
-        raise AmbiguousReference(reference=reference, candidates=labels(found))
-    return found[0]
+    return found
 
 
 def find_snapshot(catalog: Catalog, reference: str) -> SnapshotRecord:
     """The one snapshot that is meant."""
     rows = catalog.snapshots()
-    found = _matches(rows, reference)
-    if not found:
+    if (found := _one(rows, reference)) is None:
         raise SnapshotNotFound(reference=reference, candidates=labels(rows))
-    if len(found) > 1:
-        raise AmbiguousReference(reference=reference, candidates=labels(found))
-    return found[0]
+    return found
