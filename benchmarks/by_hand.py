@@ -110,8 +110,8 @@ class ByHand:
 
     def bare_capture(self, buffer: Any) -> tuple[float, int]:
         """stop + device state + one process_vm_readv of the dirty pages; milliseconds, pages."""
-        state = self._scratch / "bare-state"
-        fd = os.open(_on_tmpfs(state), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        state = _on_tmpfs("bare-state")
+        fd = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.machine.checked("add-fd", fd=fd, fdset_id=77)
         began = time.perf_counter()
         self.machine.checked("stop")
@@ -125,6 +125,7 @@ class ByHand:
         self.machine.thaw()
         self.machine.checked("remove-fd", fdset_id=77)
         os.close(fd)
+        state.unlink()
         return stopped + read, pages
 
 
@@ -135,8 +136,8 @@ def touched_buffer(size_bytes: int) -> Any:
     return buffer
 
 
-def _on_tmpfs(path: Path) -> Path:
-    return Path("/dev/shm") / f"diapause-bench-{os.getpid()}-{path.name}"
+def _on_tmpfs(name: str) -> Path:
+    return Path("/dev/shm") / f"diapause-bench-{os.getpid()}-{name}"
 
 
 def _ram_start(pid: int, memory: Path) -> int:
