@@ -110,24 +110,27 @@ def snapshot(durability: str, boot: str) -> SnapshotRecord:
 
 
 @pytest.mark.parametrize(
-    ("durability", "boot", "state"),
+    ("durability", "boot", "buffer", "lost"),
     [
-        ("process", "an earlier one", "failed"),
-        ("process", None, "captured"),
-        ("disk", "an earlier one", "captured"),
+        ("process", "an earlier one", True, "lost with the host"),
+        ("process", None, True, None),
+        ("process", None, False, "its capture buffer was removed"),
+        ("disk", "an earlier one", False, None),
     ],
 )
 def test_a_capture_that_was_not_synced_is_lost_with_its_host(
-    host: Host, durability: str, boot: str | None, state: str
+    host: Host, durability: str, boot: str | None, buffer: bool, lost: str | None
 ) -> None:
     """Rows carry the boot id: nothing that the host's end may have torn is ever resumed."""
+    if buffer:
+        CaptureFiles(host.home, SNAPSHOT).buffer.write_bytes(b"pages")
     host.catalog.put_snapshot(snapshot(durability, boot or boot_id()), durable=False)
     recovery.recover(host)
     found = host.catalog.snapshot(SNAPSHOT)
     assert found is not None
-    assert found.state == state
-    if state == "failed":
-        with pytest.raises(SnapshotLost, match="lost with the host"):
+    assert found.state == ("failed" if lost else "captured")
+    if lost:
+        with pytest.raises(SnapshotLost, match=lost):
             check_snapshot(host, found)
 
 

@@ -102,11 +102,10 @@ def _fail_lost_captures(host: Host) -> None:
     """A capture that was never synced is not served after the host went down, nor one whose
     buffer somebody removed."""
     for record in host.catalog.snapshots():
-        if record.state != "captured":
+        if record.state != "captured" or record.durability != "process":
             continue
-        files = CaptureFiles(host.home, record.id)
-        of_another_boot = record.durability == "process" and record.boot_id != boot_id()
-        if of_another_boot or not (files.buffer.exists() or files.memory.exists()):
+        of_another_boot = record.boot_id != boot_id()
+        if of_another_boot or not CaptureFiles(host.home, record.id).buffer.exists():
             cause = "lost with the host" if of_another_boot else "its capture buffer was removed"
             record.state = "failed"
             record.error = SnapshotLost(snapshot=record.id, cause=cause).to_dict()
