@@ -42,7 +42,8 @@ def test_a_link_that_was_closed_before_a_pause_does_not_end_every_resume(
     closed.cause = "the guest's agent stopped answering"
     guest = Guest("test", loop, closed)
     guest.machine = cast("Any", SimpleNamespace(agent_socket=lambda bound_s: None))
-    assert guest.greet(None, 5.0) == "welcome"
+    answered: object = guest.greet(None, 5.0)
+    assert answered == "welcome"
     assert greeted == [guest.link] != [closed]
 
 
@@ -66,6 +67,27 @@ def test_an_agent_that_breaks_the_protocol_is_no_agent(warm: bool) -> None:
     else:
         with pytest.raises(AgentRefused):
             Start.do_greet(verb)
+
+
+def test_who_asks_while_a_guest_is_being_greeted_does_not_end_the_greeting(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port takes one connection: an exec right after an adoption waits for the adoption's."""
+    attached: list[Link] = []
+
+    async def attach(self: Link, *_: object, **__: object) -> str:
+        await asyncio.sleep(0.05)  # long enough for the other to come
+        attached.append(self)
+        return "welcome"
+
+    monkeypatch.setattr(Link, "attach", attach)
+    monkeypatch.setattr(Link, "attached", property(lambda link: link in attached))
+    guest = Guest("test", loop)
+    guest.machine = cast("Any", SimpleNamespace(agent_socket=lambda bound_s: None))
+    asked = asyncio.run_coroutine_threadsafe(guest.answering_link(5.0), loop)
+    guest.reconnect(5.0)
+    assert asked.result(5.0) is guest.link
+    assert attached == [guest.link]
 
 
 def test_a_vmm_that_takes_no_connections_does_not_hold_up_the_daemon() -> None:

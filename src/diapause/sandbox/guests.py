@@ -14,7 +14,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from diapause.errors import AgentUnreachable, DiapauseError
-from diapause.guest.link import Identity, Link
+from diapause.guest.link import Identity, Link, Welcome
 from diapause.limits import QMP_CONNECT_S, QMP_LINE_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -51,28 +51,35 @@ class Guest:
 
     # -- the agent -------------------------------------------------------------------------------
 
-    def greet(self, identity: Identity | None, bound_s: float) -> Any:
+    def greet(self, identity: Identity | None, bound_s: float) -> Welcome:
         """Connect to the agent: time, entropy, identity and readiness in one exchange."""
-        assert self.machine is not None
-        self._renew_link()
-        connection = self.machine.agent_socket(bound_s)
-        attach = self.link.attach(connection, identity=identity, bound_s=bound_s)
-        return self._await(attach, bound_s + 5.0)
+
+        async def greet() -> Welcome:
+            async with self._reconnecting:
+                return await self._attach(identity, bound_s)
+
+        welcome: Welcome = self._await(greet(), 2 * bound_s + 5.0)
+        return welcome
+
+    def reconnect(self, bound_s: float) -> None:
+        """Connect to the agent unless somebody else did."""
+        self._await(self.answering_link(bound_s), 2 * bound_s + 5.0)
 
     async def answering_link(self, bound_s: float) -> Link:
         """The link, connected again where it ended or never began; awaited in the loop."""
         async with self._reconnecting:
-            self._renew_link()
-            if not self.link.attached and self.machine is not None:
-                # In a thread: a VMM that hangs takes no connections, and the daemon goes on.
-                connection = await asyncio.to_thread(self.machine.agent_socket, bound_s)
-                await self.link.attach(connection, identity=None, bound_s=bound_s)
+            if self.link.cause or not self.link.attached:
+                await self._attach(None, bound_s)
         return self.link
 
-    def _renew_link(self) -> None:
-        """A link that was closed stays closed; its sessions have ended, the guest has not."""
-        if self.link.cause:
+    async def _attach(self, identity: Identity | None, bound_s: float) -> Welcome:
+        """One at a time: the port takes one connection, and a second attach ends the first."""
+        assert self.machine is not None
+        if self.link.cause:  # it stays closed; its sessions have ended, the guest has not
             self.link = Link(self.sandbox)
+        # In a thread: a VMM that hangs takes no connections, and the daemon goes on.
+        connection = await asyncio.to_thread(self.machine.agent_socket, bound_s)
+        return await self.link.attach(connection, identity=identity, bound_s=bound_s)
 
     def detach(self) -> None:
         """The VMM is about to go: the sessions wait for the next one."""

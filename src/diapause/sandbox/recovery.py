@@ -277,7 +277,7 @@ def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
 def _greet(guest: Guest) -> None:
     """A new link: the last daemon's sessions are detached in the guest."""
     try:
-        guest.greet(None, AGENT_READY_S)
+        guest.reconnect(AGENT_READY_S)
     except DiapauseError as error:
         log.warning("adopting %s: %s", guest.sandbox, error)
 
