@@ -49,7 +49,7 @@ lint: setup-dev
 
 test: lint
 	cargo test --locked --workspace
-	$(PYTHON) -m pytest -m 'not soak'
+	$(PYTHON) -m pytest -m 'not soak' -n auto --dist loadfile
 
 soak: setup-dev
 	$(PYTHON) -m pytest -m soak

@@ -1,0 +1,105 @@
+"""Guests started from a snapshot: resumed, or new ones made."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from diapause.errors import DiapauseError, SandboxNotFound
+from diapause.model import CaptureRequest, ForkAnswer, ForkRequest, ResumeAnswer, ResumeRequest
+from diapause.sandbox import admit
+from diapause.sandbox.part import Part
+from diapause.sandbox.refer import find_sandbox, find_snapshot
+from diapause.sandbox.remove import Remove
+from diapause.sandbox.resume import Fork, Resume, check_snapshot
+from diapause.sandbox.states import require
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from diapause.catalog import SnapshotRecord
+    from diapause.sandbox.captures import Captures
+    from diapause.sandbox.host import Host
+
+_FORKS_AT_ONCE = 4
+
+
+class Starts(Part):
+    """`resume` and `fork`."""
+
+    def __init__(self, host: Host, captures: Captures) -> None:
+        super().__init__(host)
+        self.captures = captures
+
+    def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
+        """Bring a paused sandbox back, warm."""
+        admit.check_resume(request)
+        found = find_sandbox(self.catalog, reference)
+        with self.host.locks.hold(found.id):
+            record = self.reread(found)
+            if record.state == "running":
+                return ResumeAnswer(
+                    sandbox=record.id, warm=True, ready_ms=0.0, source="local", phases_ms={},
+                    snapshot=record.snapshot, already=True,
+                )  # fmt: skip
+            require(record, "resume", "paused")
+            snapshot = self.snapshot_of(record)
+            check_snapshot(self.host, snapshot)
+            verb = Resume(self.host, record, snapshot)
+            verb.execute()
+        return ResumeAnswer(
+            sandbox=record.id, warm=True, ready_ms=verb.elapsed_ms, source=verb.origin,
+            phases_ms=verb.phases_ms, snapshot=snapshot.id, notes=verb.notes,
+        )  # fmt: skip
+
+    def fork(self, request: ForkRequest) -> ForkAnswer:
+        """New running sandboxes from a snapshot; a running source is saved first and goes on."""
+        admit.check_fork(request)
+        snapshot, phases = self._fork_source(request.source)
+        check_snapshot(self.host, snapshot)
+        forks = [self._new_fork(snapshot) for _ in range(request.count)]
+        with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
+            outcomes = [pool.submit(self._start_fork, verb) for verb in forks]
+        failed = [error for outcome in outcomes if (error := outcome.exception()) is not None]
+        if failed:
+            self._undo_forks(forks, outcomes)
+            raise failed[0]
+        for verb in forks:
+            phases = {name: max(ms, phases.get(name, 0.0)) for name, ms in verb.phases_ms.items()}
+        return ForkAnswer(
+            sandboxes=[verb.sandbox for verb in forks], snapshot=snapshot.id, phases_ms=phases,
+            notes=sorted({note for verb in forks for note in verb.notes}),
+        )  # fmt: skip
+
+    def _fork_source(self, reference: str) -> tuple[SnapshotRecord, dict[str, float]]:
+        try:
+            found = find_sandbox(self.catalog, reference)
+        except SandboxNotFound:
+            return find_snapshot(self.catalog, reference), {}
+        with self.host.locks.hold(found.id):
+            record = self.reread(found)
+            if record.state != "running":
+                require(record, "fork", "running", "paused", "stopped", "failed")
+                return self.snapshot_of(record), {}
+            verb = self.captures.save_under_lock(record, CaptureRequest(durability="process"))
+        answer = self.captures.captured(verb)
+        return self.snapshot(answer.snapshot), {"save": answer.phases_ms["total"]}
+
+    def _new_fork(self, snapshot: SnapshotRecord) -> Fork:
+        record = self.new_record(None, snapshot.image, snapshot.memory_bytes, snapshot.cpus)
+        record.disks_bytes, record.identity = list(snapshot.disks_bytes), snapshot.identity
+        record.snapshot, record.agent = snapshot.id, snapshot.agent
+        return Fork(self.host, record, snapshot)
+
+    def _start_fork(self, verb: Fork) -> None:
+        with self.host.locks.hold(verb.sandbox):
+            self.put_new(verb.record)
+            verb.execute()
+
+    def _undo_forks(self, forks: list[Fork], outcomes: list[Future[None]]) -> None:
+        """All of them or none; one that can't be removed keeps no other."""
+        for verb, outcome in zip(forks, outcomes, strict=True):
+            if outcome.exception() is None:
+                with contextlib.suppress(DiapauseError), self.host.locks.hold(verb.sandbox):
+                    Remove(self.host, verb.record).execute()
