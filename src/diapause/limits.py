@@ -28,6 +28,10 @@ MANIFEST_BYTES_MAX = 1 * MIB
 DEVICE_STATE_BYTES_MAX = 64 * MIB
 QMP_LINE_BYTES_MAX = 16 * MIB
 
+# The daemon's log: two files of this size at most.
+LOG_BYTES_MAX = 16 * MIB
+LOG_TEXT_LENGTH_MAX = 8192  # of a message or a traceback, in characters
+
 # Captures.
 CAPTURE_BUFFER_BYTES_MAX = 256 * MIB  # of tmpfs, for one capture; more spills or is read in place
 CAPTURE_BUFFER_BYTES_MIN = 8 * MIB

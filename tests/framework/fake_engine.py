@@ -274,6 +274,9 @@ class FakeEngine:
         directory.mkdir(exist_ok=True)
         return directory / "console.log"
 
+    def metrics(self) -> bytes:
+        return b"# TYPE fake gauge\nfake 1\n"
+
     async def exec(self, reference: str, request: ExecRequest) -> FakeSession:
         row = self._find(reference)
         if row.state != "running":

@@ -23,6 +23,7 @@ from starlette.routing import Route as HttpRoute
 from diapause import __version__, limits
 from diapause.daemon.exec_stream import exec_stream
 from diapause.daemon.logs import console
+from diapause.daemon.metrics import metrics_response
 from diapause.daemon.openapi import document
 from diapause.daemon.routes import ROUTES, Call, Route, SystemAnswer
 from diapause.daemon.state import State
@@ -54,6 +55,7 @@ def _http_routes(state: State) -> list[BaseRoute]:
         "system": partial(_system, state),
         "logs": partial(_logs, state),
         "exec": _needs_websocket,
+        "metrics": partial(_metrics, state),
         "openapi": partial(_openapi, msgspec.json.encode(document())),
     }
     # One path is one starlette route whatever its methods, so that a wrong method is told from
@@ -161,6 +163,12 @@ async def _logs(state: State, request: Request) -> Response:
     engine = await state.engine()
     path = await state.workers.read(lambda: engine.console_log(call.ref))
     return console(path, request, follow=call.flags["follow"])
+
+
+async def _metrics(state: State, request: Request) -> Response:
+    await _checked(_route("metrics"), request)
+    engine = await state.engine()
+    return metrics_response(await state.workers.read(engine.metrics))
 
 
 async def _needs_websocket(request: Request) -> Response:

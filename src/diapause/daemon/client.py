@@ -137,6 +137,14 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 raise _gone(self.home, error) from error
 
+    def metrics(self) -> str:
+        """Counters and figures, as Prometheus reads them."""
+        with self._request("GET", "/metrics", None, VERB_S) as response:
+            raw = response.read(ANSWER_BYTES_MAX)
+        if response.status != http.client.OK:
+            raise _failure(self.home, raw)
+        return raw.decode()
+
     def _call(
         self, method: str, path: str, answer: type[T], body: msgspec.Struct | None = None
     ) -> T:

@@ -105,6 +105,9 @@ class Engine(Protocol):
     def console_log(self, reference: str) -> Path:
         """The file that the guest's console is written to."""
 
+    def metrics(self) -> bytes:
+        """What was counted and measured, as Prometheus reads it."""
+
     async def exec(self, reference: str, request: ExecRequest) -> Session:
         """Start a command in a running sandbox."""
 

@@ -79,6 +79,8 @@ def _success(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, An
         return {"101": {"description": "The WebSocket is open"}}
     if route.stream == "logs":
         content: dict[str, Any] = {"application/octet-stream": {}}
+    elif route.stream == "metrics":
+        content = {"text/plain": {"schema": {"type": "string"}}}
     elif route.stream == "openapi":
         content = {"application/json": {"schema": {"type": "object"}}}
     else:

@@ -145,5 +145,6 @@ ROUTES: tuple[Route, ...] = (
         "/v1/snapshots/{ref}", "inspectSnapshot", "One snapshot", model.SnapshotDetail,
         lambda engine, call: engine.inspect_snapshot(call.ref),
     ),
+    Route("GET", "/metrics", "metrics", "Counters and figures, for Prometheus", stream="metrics"),
     Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),
 )  # fmt: skip

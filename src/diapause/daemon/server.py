@@ -22,6 +22,7 @@ import uvicorn
 from diapause import __version__, limits
 from diapause.daemon.app import application
 from diapause.daemon.engine_api import OpenEngine
+from diapause.daemon.log import start_log
 from diapause.daemon.start import trust_directory
 from diapause.daemon.state import State
 from diapause.store.home import Home
@@ -40,7 +41,6 @@ BACKLOG = 256
 
 def serve(home: Home, open_engine: OpenEngine, detached: bool = False) -> int:
     """Be the daemon of `home` until told to stop; the exit code. Another's home: 0, at once."""
-    _log_to_stderr()
     home.create()
     trust_directory(home)
     with _lock(home) as mine:
@@ -48,6 +48,7 @@ def serve(home: Home, open_engine: OpenEngine, detached: bool = False) -> int:
             if not detached:
                 print(f"diapause: the daemon of {home.root} runs already", file=sys.stderr)
             return 0
+        start_log(home)  # the holder alone writes and rotates it
         # The frozen section of a pause runs in a worker thread. At the default interval of 5 ms
         # the event loop could keep it waiting for the interpreter longer than it takes in all.
         sys.setswitchinterval(0.0005)
@@ -57,16 +58,6 @@ def serve(home: Home, open_engine: OpenEngine, detached: bool = False) -> int:
             return asyncio.run(_serve(State(home, open_engine), listener))
         finally:
             home.serve_socket.unlink(missing_ok=True)
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    for noisy in ("uvicorn.access", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager

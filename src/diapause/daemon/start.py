@@ -14,17 +14,17 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from diapause import limits
 from diapause.errors import DaemonUnreachable
 from diapause.store.home import Home
-from diapause.units import MIB
 
 if TYPE_CHECKING:
     import subprocess
 
-LOG_BYTES_MAX = 16 * MIB
 _POLL_S = 0.02
 _RESPAWN_S = 0.5
 _TAIL_BYTES = 2048
@@ -140,7 +140,7 @@ def _spawn(home: Home, command: DaemonCommand) -> subprocess.Popen[bytes]:
 def _open_log(home: Home) -> int:
     """The log to append to; a large one is set aside as serve.log.1."""
     path = home.serve_log
-    if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
+    if path.exists() and path.stat().st_size > limits.LOG_BYTES_MAX:
         path.replace(path.with_suffix(".log.1"))
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
@@ -149,4 +149,13 @@ def _last_words(home: Home) -> str:
     with home.serve_log.open("rb") as file:
         file.seek(max(0, home.serve_log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return _message(lines[-1]) if lines else "it said nothing"
+
+
+def _message(line: str) -> str:
+    """What a line of the log says; one that is no JSON was written by the interpreter itself."""
+    try:
+        found = msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return line
+    return str(found.get("message", line))

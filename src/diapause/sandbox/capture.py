@@ -302,6 +302,7 @@ class Capture(Verb):
         durable = self.request.durability != "process"
         self.host.catalog.put_snapshot(self.snapshot_record, durable=durable, sandbox=after)
         self.record, self.committed = after, True
+        self.host.metrics.captured(self.name, self.frozen.frozen_ms, self._captured_bytes())
         # Only now: until the row is there, these files are all that is left of what was switched.
         if self.goes_on:
             for names in before.overlays:

@@ -116,6 +116,10 @@ class Engine:
         record = find_sandbox(self._catalog, reference)
         return self._host.home.sandbox(record.id) / "console.log"
 
+    def metrics(self) -> bytes:
+        """What was counted and measured, as Prometheus reads it."""
+        return self._host.metrics.text()
+
     # -- verbs -----------------------------------------------------------------------------------
 
     def run(self, request: RunRequest) -> RunAnswer:

@@ -19,6 +19,7 @@ from diapause.errors import DiapauseError, VmmFailed
 from diapause.limits import END_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
+from diapause.sandbox.metrics import HomeCollector, Metrics
 from diapause.sandbox.rescue import go_on_after_stall
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
@@ -64,6 +65,7 @@ class Host:
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
         self.closing = False
+        self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
 
     # -- work behind the verbs -------------------------------------------------------------------
 
@@ -86,6 +88,11 @@ class Host:
             for done in [key for key, job in self._jobs.items() if job.done()]:
                 del self._jobs[done]
         return future
+
+    def packing(self) -> int:
+        """How many pieces of such work wait or are under way."""
+        with self._guard:
+            return sum(not job.done() for job in self._jobs.values())
 
     def aside(self, work: Callable[[], None]) -> Future[None]:
         """Do something short beside a verb; whoever asked waits for it before the verb ends."""

@@ -56,7 +56,7 @@ class Verb:
             self._fail(step, error)
             raise
         catalog.end(self.operation, "done")
-        log.info("%s %s: done in %.1f ms", self.name, self.sandbox, self.elapsed_ms)
+        self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
 
     def _take(self, step: str) -> None:
         began = time.perf_counter()
@@ -67,7 +67,8 @@ class Verb:
 
     def _fail(self, step: str, error: BaseException) -> None:
         code = error.code if isinstance(error, DiapauseError) else type(error).__name__
-        log.warning("%s %s: failed at %s: %s", self.name, self.sandbox, step, error)
+        outcome = error.code if isinstance(error, DiapauseError) else DiapauseError.code
+        self._say(logging.WARNING, outcome, "failed at %s: %s", step, error)
         try:
             self.undo(step, error)
         except Exception:
@@ -77,6 +78,16 @@ class Verb:
         if self.left_to_recovery:
             return
         self.host.catalog.end(self.operation, f"{step}: {code}")
+
+    def _say(self, level: int, outcome: str, text: str, *values: object) -> None:
+        """The end of this verb, once in the log and once in the metrics."""
+        known = {
+            "operation": self.operation, "verb": self.name, "sandbox": self.sandbox,
+            "snapshot": self.snapshot, "outcome": outcome, "duration_ms": self.elapsed_ms,
+            "phases_ms": self.phases_ms,
+        }  # fmt: skip
+        log.log(level, f"%s %s: {text}", self.name, self.sandbox, *values, extra=known)
+        self.host.metrics.verb_ended(self.name, outcome, self.elapsed_ms, self.phases_ms)
 
     def undo(self, step: str, error: BaseException) -> None:
         """Put back what was done before `step` failed."""
