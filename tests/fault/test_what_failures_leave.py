@@ -31,7 +31,7 @@ from diapause.errors import (
 )
 from diapause.guest.link import Link
 from diapause.model import CaptureRequest, ForkRequest
-from diapause.sandbox import engine, recovery
+from diapause.sandbox import engine, recovery, starts
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
@@ -284,7 +284,7 @@ def test_forks_are_all_there_or_none_whatever_failed(
         host.catalog.put_sandbox(verb.record)
 
     monkeypatch.setattr(Fork, "execute", execute)
-    monkeypatch.setattr(engine, "check_snapshot", lambda *_: None)
+    monkeypatch.setattr(starts, "check_snapshot", lambda *_: None)
     monkeypatch.setattr(QemuDriver, "find", lambda *_: None)
     host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
     with pytest.raises(PermissionError):
