@@ -18,6 +18,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("guest",),
     ("store",),
     ("catalog",),
+    ("journal", "migrations"),
+    ("database",),
     ("_core",),
     ("config", "model"),
     ("errors", "limits"),

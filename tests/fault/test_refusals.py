@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from diapause import errors
+from diapause import errors, migrations
 from diapause.catalog import Catalog, SnapshotRecord
 from diapause.limits import MEMORY_BYTES_MAX
 from diapause.model import CaptureRequest, ForkRequest, RunRequest
@@ -310,5 +310,5 @@ def test_a_catalog_of_a_newer_version_is_left_alone(daemon: Daemon, booted: Sand
     os.kill(pid, 0)
     daemon.stop()
     with contextlib.closing(sqlite3.connect(daemon.home.catalog)) as database:
-        database.execute("PRAGMA user_version = 1")
+        database.execute(f"PRAGMA user_version = {migrations.VERSION}")
     assert booted.sh("echo up").strip() == "up"

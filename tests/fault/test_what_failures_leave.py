@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from diapause import _core
-from diapause.catalog import Identity, Operation, Process, SandboxRecord, SnapshotRecord
+from diapause.catalog import Identity, Process, SandboxRecord, SnapshotRecord
 from diapause.driver.base import Frozen
 from diapause.driver.process import process_ref
 from diapause.driver.qemu import QemuDriver
@@ -30,6 +30,7 @@ from diapause.errors import (
     VmmTimeout,
 )
 from diapause.guest.link import Link
+from diapause.journal import OperationRecord
 from diapause.model import CaptureRequest, ForkRequest
 from diapause.sandbox import engine, recovery, starts
 from diapause.sandbox.guests import Guest
@@ -72,7 +73,7 @@ def save(host: Host) -> Save:
 
 
 def recover_killed(host: Host, verb: str) -> None:
-    operation = Operation(
+    operation = OperationRecord(
         id="d" * 16, verb=verb, sandbox=SANDBOX, snapshot=SNAPSHOT, boot_id="", steps=["freeze"]
     )
     recovery._drop_capture(host, sandbox(), cast("Any", None), operation)
@@ -162,10 +163,12 @@ def test_what_is_durable_stands_on_what_is_durable(
 def test_a_pause_that_fails_after_its_commit_is_left_to_recovery(host: Host) -> None:
     """Its VMM holds the disks of a snapshot that is there: it must never be let go on."""
     verb = Pause(host, sandbox(), cast("Any", STANDING), CaptureRequest())
-    host.catalog.begin(verb.operation, "pause", SANDBOX, SNAPSHOT, boot_id())
+    host.catalog.journal.begin(verb.operation, "pause", SANDBOX, SNAPSHOT, boot_id())
     verb.committed = True
     verb._fail("release", StorageFailed(what="the end of a VMM", cause="a test"))
-    assert [operation.id for operation in host.catalog.open_operations()] == [verb.operation]
+    assert [operation.id for operation in host.catalog.journal.open_operations()] == [
+        verb.operation
+    ]
 
 
 def test_what_a_guest_did_not_take_is_said(host: Host) -> None:
@@ -211,13 +214,13 @@ def test_an_operation_that_stayed_open_takes_no_snapshot_with_it(host: Host) -> 
     """Its end could not be journaled after its commit; a later save was committed since."""
     host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
     host.home.capture(SNAPSHOT).mkdir()
-    host.catalog.begin("d" * 16, "save", SANDBOX, SNAPSHOT, boot_id())
+    host.catalog.journal.begin("d" * 16, "save", SANDBOX, SNAPSHOT, boot_id())
     record, asked = sandbox(), standing(host)
     record.snapshot = "f" * 16
     host.catalog.put_sandbox(record)
     recovery.settle(host, record)
     assert host.home.capture(SNAPSHOT).is_dir()
-    assert host.catalog.open_operations() == []
+    assert host.catalog.journal.open_operations() == []
     assert asked == ["thaw"]
 
 
@@ -226,7 +229,7 @@ def test_a_pause_that_could_not_be_put_back_is_settled_with_the_guest_it_has(
 ) -> None:
     """Its monitor takes one client, which is there already."""
     monkeypatch.setattr(host.driver, "adopt", lambda *_: pytest.fail("it has a client"))
-    host.catalog.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
+    host.catalog.journal.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
     record, asked = sandbox(), standing(host)
     guest, record.state = host.guests[SANDBOX], "pausing"
     host.catalog.put_sandbox(record)
@@ -343,7 +346,7 @@ def test_a_resume_that_cannot_begin_leaves_the_sessions_waiting(
         raise full
 
     link = host.parked[SANDBOX] = Link(SANDBOX)
-    monkeypatch.setattr(host.catalog, "begin", refuse)
+    monkeypatch.setattr(host.catalog.journal, "begin", refuse)
     with pytest.raises(NotEnoughSpace):
         Resume(host, sandbox(), snapshot("disk", boot_id())).execute()
     assert Resume(host, sandbox(), snapshot("disk", boot_id())).guest.link is link
@@ -372,7 +375,7 @@ def test_a_vmm_that_does_not_answer_a_new_daemon_is_settled_when_it_does(
     machine = host.guests.pop(SANDBOX).machine
     record.process, record.agent = Process(me.pid, me.start_ticks, me.boot_id), False
     host.catalog.put_sandbox(record)
-    host.catalog.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
+    host.catalog.journal.begin("d" * 16, "pause", SANDBOX, SNAPSHOT, boot_id())
     silence = VmmTimeout(sandbox=SANDBOX, step="query-status", bound_s=20)
 
     def refuse(*_: object) -> None:
@@ -383,14 +386,14 @@ def test_a_vmm_that_does_not_answer_a_new_daemon_is_settled_when_it_does(
         patch.setattr(host.driver, "adopt", refuse)
         recovery.recover(host)
     found = host.catalog.sandbox(SANDBOX)
-    assert (found and found.state, len(host.catalog.open_operations())) == ("running", 1)
+    assert (found and found.state, len(host.catalog.journal.open_operations())) == ("running", 1)
     answers: Iterator[Any] = iter([refuse, lambda *_: machine])
     monkeypatch.setattr(recovery, "_BETWEEN_S", 0.0)
     monkeypatch.setattr(host.driver, "adopt", lambda *_: next(answers)())
     recovery.settle_when_it_answers(host, SANDBOX)
     assert asked == ["thaw"]
     assert SANDBOX in host.guests
-    assert host.catalog.open_operations() == []
+    assert host.catalog.journal.open_operations() == []
 
 
 def test_a_tmpfs_that_was_cleared_fails_no_later_capture(host: Host) -> None:

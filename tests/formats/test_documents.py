@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
+from pathlib import Path
 
+from diapause import migrations
+from diapause.catalog import Catalog
 from diapause.guest import images, tiny
 from tests.framework import sources
 
@@ -52,3 +57,15 @@ def test_the_image_document_names_every_field() -> None:
     assert {name for name in fields if f"`{name}`" not in text} == set()
     assert f"Version {images.MANIFEST_VERSION}." in text
     assert {"cryptomgr.notests", "noreplace-smp", "tsc=reliable"} <= set(tiny.COMMAND_LINE.split())
+
+
+def test_the_catalog_document_names_every_table_and_column(tmp_path: Path) -> None:
+    """And its version."""
+    text = (DOCUMENTS / "catalog.md").read_text()
+    Catalog(tmp_path / "catalog.sqlite3").close()
+    columns = "SELECT m.name, t.name FROM sqlite_schema m, pragma_table_info(m.name) t"
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite3")) as db:
+        tables = "WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite%'"
+        found = {name for row in db.execute(f"{columns} {tables}") for name in row}
+    assert {name for name in found if f"`{name}`" not in text} == set()
+    assert f"Version {migrations.VERSION}." in text

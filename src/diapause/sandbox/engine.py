@@ -66,6 +66,7 @@ class Engine:
         """Open a home, settle what the last daemon left, take up the guests that run."""
         host = Host(home.create(), loop)
         recover(host)
+        host.catalog.worked()
         engine = cls(host)
         for snapshot in host.catalog.snapshots():
             if snapshot.state == "captured":

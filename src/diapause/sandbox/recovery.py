@@ -41,8 +41,9 @@ from diapause.store.files import remove_tree
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diapause.catalog import Operation, SandboxRecord
+    from diapause.catalog import SandboxRecord
     from diapause.driver.qemu.machine import QemuMachine
+    from diapause.journal import OperationRecord
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.recovery")
@@ -52,9 +53,9 @@ _BETWEEN_S = 0.5
 def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
     silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
-    for operation in host.catalog.open_operations():
+    for operation in host.catalog.journal.open_operations():
         if operation.sandbox not in silent:
-            host.catalog.end(operation.id, "recovered")  # of sandboxes that are gone
+            host.catalog.journal.end(operation.id, "recovered")  # of sandboxes that are gone
     for sandbox in silent:
         host.watch(partial(settle_when_it_answers, host, sandbox))
     _fail_lost_captures(host)
@@ -95,7 +96,7 @@ def is_unsettled(host: Host, record: SandboxRecord) -> bool:
     """Whether a verb, of this daemon or the last one, left something to be settled."""
     under_way = record.state in ("creating", "pausing", "resuming", "removing")
     unknown = record.state == "running" and record.id not in host.guests
-    return under_way or unknown or bool(host.catalog.open_operations(record.id))
+    return under_way or unknown or bool(host.catalog.journal.open_operations(record.id))
 
 
 def _fail_lost_captures(host: Host) -> None:
@@ -114,7 +115,7 @@ def _fail_lost_captures(host: Host) -> None:
 
 def settle(host: Host, record: SandboxRecord) -> None:
     """Bring one sandbox out of a verb that nobody is taking any further; nobody may hold it."""
-    operations = host.catalog.open_operations(record.id)
+    operations = host.catalog.journal.open_operations(record.id)
     if record.state == "creating":
         end_orphan(host, record.id)
         Remove(host, record).execute()
@@ -126,10 +127,10 @@ def settle(host: Host, record: SandboxRecord) -> None:
     elif record.state in ("running", "pausing"):
         _settle_running(host, record, operations)
     for operation in operations:
-        host.catalog.end(operation.id, "recovered")
+        host.catalog.journal.end(operation.id, "recovered")
 
 
-def _settle_running(host: Host, record: SandboxRecord, operations: list[Operation]) -> None:
+def _settle_running(host: Host, record: SandboxRecord, operations: list[OperationRecord]) -> None:
     machine = _adopt(host, record)
     captures = [operation for operation in operations if operation.verb in ("pause", "save")]
     pauses = [capture for capture in captures if capture.verb == "pause"]
@@ -152,7 +153,7 @@ def _settle_running(host: Host, record: SandboxRecord, operations: list[Operatio
     _take_up(host, record, machine)
 
 
-def _committed(host: Host, capture: Operation) -> bool:
+def _committed(host: Host, capture: OperationRecord) -> bool:
     """Its snapshot's row says so; the sandbox's may speak of a later one."""
     return capture.snapshot is not None and host.catalog.snapshot(capture.snapshot) is not None
 
@@ -190,7 +191,7 @@ def _of_another_boot(record: SandboxRecord) -> bool:
 
 
 def _drop_capture(
-    host: Host, record: SandboxRecord, machine: QemuMachine, operation: Operation
+    host: Host, record: SandboxRecord, machine: QemuMachine, operation: OperationRecord
 ) -> None:
     """A capture that was not committed: keep what the next one must add, and nothing else."""
     assert operation.snapshot is not None

@@ -45,17 +45,17 @@ class Verb:
 
     def execute(self) -> None:
         """Take every step; on an error, undo and raise it."""
-        catalog = self.host.catalog
-        catalog.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id())
+        journal = self.host.catalog.journal
+        journal.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id())
         step = ""
         try:
             for number, step in enumerate(self.steps):
-                catalog.step(self.operation, number, step)
+                journal.step(self.operation, number, step)
                 self._take(step)
         except BaseException as error:
             self._fail(step, error)
             raise
-        catalog.end(self.operation, "done")
+        journal.end(self.operation, "done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
 
     def _take(self, step: str) -> None:
@@ -77,7 +77,7 @@ class Verb:
             return
         if self.left_to_recovery:
             return
-        self.host.catalog.end(self.operation, f"{step}: {code}")
+        self.host.catalog.journal.end(self.operation, f"{step}: {code}")
 
     def _say(self, level: int, outcome: str, text: str, *values: object) -> None:
         """The end of this verb, once in the log and once in the metrics."""

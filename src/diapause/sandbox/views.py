@@ -62,7 +62,7 @@ def _error(host: Host, record: SandboxRecord) -> dict[str, Any] | None:
 
 def _doing(catalog: Catalog, sandbox: str) -> str | None:
     """The verb that is under way on a sandbox and its present step."""
-    for operation in catalog.open_operations(sandbox):
+    for operation in catalog.journal.open_operations(sandbox):
         return f"{operation.verb}: {operation.steps[-1] if operation.steps else 'begin'}"
     return None
 

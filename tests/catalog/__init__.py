@@ -1,0 +1,1 @@
+"""The catalog: its versions, its journal, and what a failed commit leaves."""
