@@ -70,6 +70,7 @@ class SandboxRecord(msgspec.Struct, kw_only=True):
     root: str | None = None  # the flat directory whose files the running process maps
     captures: int = 0  # completed captures of the running process
     overlays: list[list[str]] = []  # per disk, file names since the last capture, oldest first
+    frozen: bool = False  # its vCPUs stand because somebody asked for it, whatever else goes on
     tracker: bool = False
     agent: bool = True
     error: dict[str, Any] | None = None

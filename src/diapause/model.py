@@ -94,6 +94,16 @@ class CaptureAnswer(Answer):
     notes: list[str] = []
 
 
+class FreezeAnswer(Answer):
+    """What a freeze or a thaw did; `frozen` is how the guest stands now."""
+
+    sandbox: str
+    frozen: bool
+    phases_ms: dict[str, float]
+    already: bool = False
+    notes: list[str] = []
+
+
 class ResumeAnswer(Answer):
     """What a resume did."""
 

@@ -25,6 +25,8 @@ def test_every_verb_answers_json_with_the_contracts_fields(place: FakeHome) -> N
     assert place.json("resume", "web").keys() >= {
         "sandbox", "warm", "ready_ms", "source", "phases_ms",
     }  # fmt: skip
+    assert place.json("freeze", "web").keys() >= {"sandbox", "frozen", "already"}
+    assert place.json("thaw", "web")["frozen"] is False
     saved = place.json("snapshot", "save", "web", "--name", "before")
     assert saved.keys() >= CAPTURE
     forked = place.json("fork", "web", "-n", "3")
@@ -75,6 +77,9 @@ def test_people_read_one_line_with_the_figures(place: FakeHome) -> None:
     assert resumed.stdout == b"resumed ab0001: warm, ready in 3.2 ms from local\n"
     assert resumed.stderr == b"clock set\n"
     assert place.run("resume", "web").stdout == b"ab0001 ran already\n"
+    assert place.run("freeze", "web").stdout == b"froze ab0001 in 1.5 ms\n"
+    assert place.run("freeze", "web").stdout == b"ab0001 was frozen already\n"
+    assert place.run("thaw", "web").stdout == b"thawed ab0001 in 1.5 ms\n"
     assert place.run("fork", "web", "-n", "2").stdout == b"ab0002\nab0003\n"
 
 
@@ -246,4 +251,5 @@ def test_the_verbs_are_those_of_the_contract() -> None:
     assert {" ".join(words) for words in VERBS} == {
         "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
+        "freeze", "thaw",
     }  # fmt: skip

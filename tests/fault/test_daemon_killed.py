@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -18,8 +17,9 @@ import pytest
 from diapause.errors import DaemonUnreachable
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.resume import Resume
-from tests.framework.catalog_tap import Place, Tap, at_end, at_snapshot, before_step
+from tests.framework.catalog_tap import Place, at_end, at_snapshot, before_step
 from tests.framework.fake_home import eventually
+from tests.framework.kills import kill_at
 from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
@@ -45,17 +45,6 @@ def counting(guest: Sandbox) -> Sandbox:
     guest.rewrite()
     guest.save()
     return guest
-
-
-def kill_at(daemon: Daemon, place: Place, verb: Callable[[], object]) -> None:
-    """Kill the daemon when the verb has come to the place."""
-    tap = Tap(daemon.home)
-    tap.hold(place)
-    call = Aside(verb)
-    tap.wait_held()
-    daemon.kill()
-    assert isinstance(call.wait(), DaemonUnreachable)
-    tap.clear()
 
 
 def check_whole(daemon: Daemon, guest: Sandbox, value: int, digests: str) -> None:

@@ -254,6 +254,20 @@ class FakeEngine:
             snapshot=row.snapshot, already=already, notes=["clock set"],
         )  # fmt: skip
 
+    def freeze(self, reference: str) -> model.FreezeAnswer:
+        return self._set_frozen(reference, frozen=True)
+
+    def thaw(self, reference: str) -> model.FreezeAnswer:
+        return self._set_frozen(reference, frozen=False)
+
+    def _set_frozen(self, reference: str, *, frozen: bool) -> model.FreezeAnswer:
+        row = self._find(reference)
+        already = (row.state == "frozen") == frozen
+        row.state = "frozen" if frozen else "running"
+        return model.FreezeAnswer(
+            sandbox=row.sandbox, frozen=frozen, phases_ms={"total": 1.5}, already=already
+        )
+
     def fork(self, request: model.ForkRequest) -> model.ForkAnswer:
         source = self._find(request.source)
         count = min(max(request.count, 0), 64)

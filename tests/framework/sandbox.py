@@ -25,6 +25,7 @@ from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
     ForkRequest,
+    FreezeAnswer,
     ResumeAnswer,
     ResumeRequest,
     RunRequest,
@@ -123,6 +124,12 @@ class Sandbox:
 
     def resume(self) -> ResumeAnswer:
         return self._client.resume(self.id, ResumeRequest())
+
+    def freeze(self) -> FreezeAnswer:
+        return self._client.freeze(self.id)
+
+    def thaw(self) -> FreezeAnswer:
+        return self._client.thaw(self.id)
 
     def fork(self, count: int = 1) -> list[Sandbox]:
         return self.daemon.fork(self.id, count)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.framework.clock import clock_error_s, uptime_s
 from tests.framework.guest_exec import Follower
 from tests.framework.sandbox import Aside, Daemon, Sandbox
 
@@ -58,7 +59,7 @@ def test_the_clock_is_right_and_no_time_passed_for_the_guest(guest: Sandbox) -> 
     """CLOCK_REALTIME within 100 ms; CLOCK_MONOTONIC does not contain the pause."""
     errors = []
     for _ in range(2):
-        monotonic, began = _uptime(guest), time.monotonic()
+        monotonic, began = uptime_s(guest), time.monotonic()
         guest.pause()
         slept = time.monotonic()
         # The pause has to be long enough to be seen in the guest's clock if it were.
@@ -66,38 +67,11 @@ def test_the_clock_is_right_and_no_time_passed_for_the_guest(guest: Sandbox) -> 
             time.sleep(0.05)
         asleep = time.monotonic() - slept
         guest.resume()
-        errors.append(_clock_error_s(guest))
-        passed = _uptime(guest) - monotonic
+        errors.append(clock_error_s(guest))
+        passed = uptime_s(guest) - monotonic
         awake = time.monotonic() - began - asleep
         assert 0 <= passed <= awake + 0.05, f"{passed:.2f} s passed in {awake:.2f} s awake"
     assert max(map(abs, errors)) <= 0.1, errors
-
-
-def _uptime(guest: Sandbox) -> float:
-    return float(guest.sh("cat /proc/uptime").split()[0])
-
-
-def _clock_error_s(guest: Sandbox) -> float:
-    """The guest's clock against ours, as near as the way there and back lets us see."""
-    best = (1e9, 0.0)
-    for _ in range(5):
-        before = time.time()
-        # The agent's clock was set in nanoseconds; the file of the tmpfs carries them to us.
-        stamp = guest.sh("touch /tmp/now; stat -c %y /tmp/now")
-        after = time.time()
-        seconds = _parse(stamp)
-        distance = max(before - seconds, seconds - after, 0.0)
-        best = min(best, (distance, seconds - (before + after) / 2))
-    return best[0]
-
-
-def _parse(stamp: str) -> float:
-    whole, _, rest = stamp.strip().partition(".")
-    return (
-        time.mktime(time.strptime(whole + " UTC", "%Y-%m-%d %H:%M:%S %Z"))
-        - time.timezone
-        + (float("0." + rest.split()[0]))
-    )
 
 
 def test_a_pause_of_a_paused_and_a_resume_of_a_running_one(guest: Sandbox) -> None:

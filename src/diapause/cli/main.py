@@ -30,7 +30,8 @@ _VERBS = {
     for name, module in {
         "doctor": "doctor", "image": "image", "run": "run", "ps": "ps", "inspect": "inspect",
         "logs": "logs", "exec": "exec", "rm": "rm", "pause": "pause", "resume": "resume",
-        "fork": "fork", "snapshot": "snapshot", "serve": "serve",
+        "fork": "fork", "snapshot": "snapshot", "serve": "serve", "freeze": "freeze",
+        "thaw": "freeze",
     }.items()
 }  # fmt: skip
 _VERBS["exec"] = "diapause.cli.exec:exec_"

@@ -22,7 +22,7 @@ Examples:
 @json_option
 @pass_context
 def pause(context: Context, sandbox: str, durability: Durability, quiesce: bool) -> None:
-    """Save everything of a sandbox and free its memory. From: running. To: paused."""
+    """Save everything of a sandbox and free its memory. From: running, frozen. To: paused."""
     request = CaptureRequest(durability=durability, quiesce=quiesce)
     answer = context.client().pause(sandbox, request)
     for note in answer.notes:

@@ -40,7 +40,7 @@ def snapshot() -> None:
 def save(
     context: Context, sandbox: str, name: str | None, durability: Durability, quiesce: bool
 ) -> None:
-    """Take a snapshot of a sandbox that goes on. From and to: running."""
+    """Take a snapshot of a sandbox that goes on. From: running, frozen; it stays as it was."""
     request = CaptureRequest(durability=durability, quiesce=quiesce, name=name)
     answer = context.client().save(sandbox, request)
     for note in answer.notes:

@@ -108,6 +108,14 @@ class Client:
         """Take a snapshot of a sandbox that goes on."""
         return self._call("POST", _sandbox(reference, "/snapshots"), model.CaptureAnswer, request)
 
+    def freeze(self, reference: str) -> model.FreezeAnswer:
+        """Stop the vCPUs of a running guest; its memory stays."""
+        return self._call("POST", _sandbox(reference, "/freeze"), model.FreezeAnswer)
+
+    def thaw(self, reference: str) -> model.FreezeAnswer:
+        """Let a frozen guest go on."""
+        return self._call("POST", _sandbox(reference, "/thaw"), model.FreezeAnswer)
+
     def resume(self, reference: str, request: model.ResumeRequest) -> model.ResumeAnswer:
         """Bring a paused sandbox back."""
         return self._call("POST", _sandbox(reference, "/resume"), model.ResumeAnswer, request)

@@ -18,6 +18,7 @@ from diapause.model import (
     DoctorAnswer,
     ForkAnswer,
     ForkRequest,
+    FreezeAnswer,
     ImageBuildRequest,
     ImageInfo,
     RemoveAnswer,
@@ -89,6 +90,12 @@ class Engine(Protocol):
 
     def save(self, reference: str, request: CaptureRequest) -> CaptureAnswer:
         """Take a snapshot of a sandbox that goes on."""
+
+    def freeze(self, reference: str) -> FreezeAnswer:
+        """Stop the vCPUs of a running guest; its memory stays."""
+
+    def thaw(self, reference: str) -> FreezeAnswer:
+        """Let a frozen guest go on."""
 
     def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
         """Bring a paused sandbox back."""

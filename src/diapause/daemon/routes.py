@@ -116,6 +116,14 @@ ROUTES: tuple[Route, ...] = (
         lambda engine, call: engine.pause(call.ref, call.body), body_needed=False,
     ),
     Route(
+        "POST", SANDBOX + "/freeze", "freezeSandbox", "Stop the vCPUs, keep the memory",
+        model.FreezeAnswer, handler=lambda engine, call: engine.freeze(call.ref),
+    ),
+    Route(
+        "POST", SANDBOX + "/thaw", "thawSandbox", "Let a frozen sandbox go on",
+        model.FreezeAnswer, handler=lambda engine, call: engine.thaw(call.ref),
+    ),
+    Route(
         "POST", SANDBOX + "/resume", "resumeSandbox", "Bring a paused sandbox back",
         model.ResumeAnswer, model.ResumeRequest,
         lambda engine, call: engine.resume(call.ref, call.body), body_needed=False,

@@ -91,6 +91,7 @@ class FreezePlan:
     overlays: tuple[Path, ...]  # what the disks wrote since the last capture: synced first
     next_overlays: tuple[Path, ...]  # empty for a pause: its disks stay as they are
     goes_on: bool
+    stands: bool = False  # it stood before, and stands afterwards whatever happens
 
 
 @dataclass

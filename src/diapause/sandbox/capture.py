@@ -155,6 +155,9 @@ class Capture(Verb):
             return _core.CaptureBuffer(str(self.files.buffer), size // PAGE_SIZE, device_pages)
 
     def _quiesce(self) -> None:
+        if self.record.frozen:
+            self.notes.append("not quiesced: the guest is frozen")
+            return
         try:
             self.guest.freeze_filesystems(GUEST_FREEZE_S)
             self.quiesced = True
@@ -181,6 +184,7 @@ class Capture(Verb):
             overlays=tuple(self.directory / name for name in chain(*self.record.overlays)),
             next_overlays=tuple(self.directory / name for name in self.next_overlays),
             goes_on=self.goes_on,
+            stands=self.record.frozen,
         )
         try:
             self.frozen = self.machine.freeze_and_capture(plan)
@@ -226,9 +230,13 @@ class Capture(Verb):
         self.host.behind(f"pack {parent}", lambda: self.host.packer.pack(parent)).result(PACK_S)
         if self._unsynced_parent() is not None:
             raise CaptureFailed(
-                sandbox=self.sandbox, step="prepare", guest="goes on",
+                sandbox=self.sandbox, step="prepare", guest=self._guest_does,
                 cause=f"its parent, snapshot {parent}, could not be brought to the disk",
             )  # fmt: skip
+
+    @property
+    def _guest_does(self) -> str:
+        return "stays frozen" if self.record.frozen else "goes on"
 
     def _unsynced_parent(self) -> str | None:
         parent = self.host.catalog.snapshot(self.record.snapshot) if self.record.snapshot else None
@@ -246,7 +254,7 @@ class Capture(Verb):
                 sandbox=self.sandbox,
                 step="state",
                 cause="the device state is too large",
-                guest="goes on",
+                guest=self._guest_does,
             )
         assert self.record.identity is not None
         state = finish_state(self.sandbox, raw.read_bytes(), self.record.identity.machine)
@@ -346,7 +354,8 @@ class Capture(Verb):
 
     def _let_go_on(self) -> None:
         try:
-            thaw_if_it_stands(self.machine)
+            if not self.record.frozen:
+                thaw_if_it_stands(self.machine)
         except DiapauseError:
             self.host.watch(lambda: thaw_when_it_answers(self.host, self.sandbox))
         if self.quiesced and not self.goes_on:

@@ -30,7 +30,7 @@ class Captures(Part):
             record = self.reread(found)
             if record.state == "paused":
                 return views.paused_already(self.catalog, record)
-            require(record, "pause", "running")
+            require(record, "pause", "running", "frozen")
             verb = Pause(self.host, record, self.guest(record), request)
             self._capture(verb)
         return self.captured(verb)
@@ -45,7 +45,7 @@ class Captures(Part):
 
     def save_under_lock(self, record: SandboxRecord, request: CaptureRequest) -> Save:
         """A save by whoever holds the sandbox."""
-        require(record, "snapshot save", "running")
+        require(record, "snapshot save", "running", "frozen")
         verb = Save(self.host, record, self.guest(record), request)
         self._capture(verb)
         return verb

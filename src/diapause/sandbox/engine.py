@@ -1,6 +1,6 @@
 """The engine: what one home can do, verb by verb. The daemon calls it from worker threads.
 
-The work is in its parts: `runs`, `captures`, `starts`.
+The work is in its parts: `runs`, `captures`, `starts`, `freezes`.
 
 Each verb finds its sandbox, waits for its turn on it, reads the row again under the lock, answers
 what is done already, and otherwise runs its steps.
@@ -15,6 +15,7 @@ from diapause.guest.build import build_image
 from diapause.limits import AGENT_READY_S
 from diapause.sandbox import doctor, views
 from diapause.sandbox.captures import Captures
+from diapause.sandbox.freezes import Freezes
 from diapause.sandbox.host import Host
 from diapause.sandbox.recovery import recover
 from diapause.sandbox.refer import find_sandbox, find_snapshot
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         DoctorAnswer,
         ForkAnswer,
         ForkRequest,
+        FreezeAnswer,
         ImageBuildRequest,
         ImageInfo,
         RemoveAnswer,
@@ -55,6 +57,7 @@ class Engine:
         self._catalog = host.catalog
         self._runs, self._captures = Runs(host), Captures(host)
         self._starts = Starts(host, self._captures)
+        self._freezes = Freezes(host)
 
     @property
     def host(self) -> Host:
@@ -138,6 +141,14 @@ class Engine:
     def save(self, reference: str, request: CaptureRequest) -> CaptureAnswer:
         """Take a snapshot of a sandbox that goes on."""
         return self._captures.save(reference, request)
+
+    def freeze(self, reference: str) -> FreezeAnswer:
+        """Stop the vCPUs of a running guest; its memory stays."""
+        return self._freezes.freeze(reference)
+
+    def thaw(self, reference: str) -> FreezeAnswer:
+        """Let a frozen guest go on, with its clock set."""
+        return self._freezes.thaw(reference)
 
     def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
         """Bring a paused sandbox back, warm."""

@@ -136,6 +136,7 @@ class Host:
     def end(self, record: SandboxRecord, reason: str) -> None:
         """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""
         record.process, record.root, record.reason = None, None, reason
+        record.frozen = False
         record.state = "stopped" if reason.startswith("guest-") else "failed"
         if record.state == "failed":
             error = VmmFailed(sandbox=record.id, step="run", cause=reason)
@@ -175,7 +176,7 @@ def settle_end(host: Host, guest: Guest, reason: str) -> None:
     record = host.catalog.sandbox(guest.sandbox)
     if host.guests.get(guest.sandbox) is not guest or guest.machine is None:
         return
-    if record is None or record.state != "running":
+    if record is None or record.state not in ("running", "frozen"):
         return
     del host.guests[guest.sandbox]
     guest.cut(f"the guest ended ({reason})")

@@ -46,6 +46,7 @@ class Pause(Capture):
             self._drop_overlays(names)
         record.state, record.process, record.root = "paused", None, None
         record.captures, record.overlays, record.tracker = 0, [], False
+        record.frozen = False
         self.host.guests.pop(record.id, None)
         self.host.parked[record.id] = self.guest.link
         self.host.catalog.put_sandbox(record, durable=self.request.durability != "process")
@@ -57,5 +58,5 @@ class Pause(Capture):
             self.left_to_recovery = True
             return
         super().undo(step, error)
-        self.record.state = "running"
+        self.record.state = "frozen" if self.record.frozen else "running"
         self.host.catalog.put_sandbox(self.record)

@@ -12,6 +12,8 @@ nothing runs that no row names.
 | pause before its commit | running, pausing | the guest is thawed where it stands |
 | pause after its commit | pausing, a new snapshot | the VMM is ended, paused |
 | save before its commit | running | thawed; the sealed buffer's pages go into the next capture |
+| freeze | running | thawed where it stands |
+| thaw | frozen, running | as the row says |
 | rm | removing | removed |
 """
 
@@ -95,7 +97,7 @@ def settle_when_it_answers(host: Host, sandbox: str) -> None:
 def is_unsettled(host: Host, record: SandboxRecord) -> bool:
     """Whether a verb, of this daemon or the last one, left something to be settled."""
     under_way = record.state in ("creating", "pausing", "resuming", "removing")
-    unknown = record.state == "running" and record.id not in host.guests
+    unknown = record.state in ("running", "frozen") and record.id not in host.guests
     return under_way or unknown or bool(host.catalog.journal.open_operations(record.id))
 
 
@@ -124,7 +126,7 @@ def settle(host: Host, record: SandboxRecord) -> None:
         _paused(host, record)
     elif record.state == "removing":
         Remove(host, record).execute()
-    elif record.state in ("running", "pausing"):
+    elif record.state in ("running", "frozen", "pausing"):
         _settle_running(host, record, operations)
     for operation in operations:
         host.catalog.journal.end(operation.id, "recovered")
@@ -251,28 +253,37 @@ def _adopt_overlays(host: Host, record: SandboxRecord, machine: QemuMachine) -> 
 
 
 def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
-    """A guest goes on under this daemon; one that stands and that nobody owns is thawed."""
+    """A guest goes on under this daemon; one that stands and that nobody owns is thawed.
+
+    One that was frozen by its row stands, whatever was done to it meanwhile.
+    """
     if record.id in host.guests:  # it never left; its end is watched already
-        thaw_if_it_stands(machine)
-        record.state = "running"
-        host.catalog.put_sandbox(record)
+        if not record.frozen:
+            thaw_if_it_stands(machine)
+        _put_alive(host, record)
         return
     status = machine.status()
     if status in ("shutdown", "panicked"):
         machine.kill()
         host.end(record, "guest-panic" if status == "panicked" else "guest-shutdown")
         return
-    if status == "paused":
+    if record.frozen:
+        machine.stop()
+    elif status == "paused":
         log.warning("sandbox %s stood frozen and nobody owned it: thawed", record.id)
         machine.thaw()
-    record.state = "running"
-    host.catalog.put_sandbox(record)
+    _put_alive(host, record)
     guest = Guest(record.id, host.loop)
     guest.machine = machine
     host.guests[record.id] = guest
     guest.arm(host.guest_ended, host.guest_stalled)
-    if record.agent:
+    if record.agent and not record.frozen:  # a frozen one answers nobody
         host.watch(lambda: _greet(guest))
+
+
+def _put_alive(host: Host, record: SandboxRecord) -> None:
+    record.state = "frozen" if record.frozen else "running"
+    host.catalog.put_sandbox(record)
 
 
 def _greet(guest: Guest) -> None:
@@ -295,4 +306,5 @@ def _paused(host: Host, record: SandboxRecord) -> None:
     _forget_failures(host, record)
     record.state, record.process, record.root = "paused", None, None
     record.overlays, record.captures, record.tracker = [], 0, False
+    record.frozen = False
     host.catalog.put_sandbox(record)

@@ -33,6 +33,12 @@ def thaw_if_it_stands(machine: QemuMachine) -> None:
         machine.thaw()
 
 
+def is_frozen(host: Host, sandbox: str) -> bool:
+    """Whether somebody asked that it stands."""
+    record = host.catalog.sandbox(sandbox)
+    return record is not None and record.frozen
+
+
 def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
     """Ask until the VMM answers or is gone, within a bound; whether the guest can go on."""
     deadline = time.monotonic() + RESCUE_S
@@ -40,7 +46,7 @@ def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
         try:
             with host.locks.hold(sandbox):
                 guest = host.guests.get(sandbox)
-                if guest is None or guest.machine is None:
+                if guest is None or guest.machine is None or is_frozen(host, sandbox):
                     return False  # it ended, or another verb took it
                 thaw_if_it_stands(guest.machine)
         except DiapauseError as error:
@@ -62,7 +68,9 @@ def go_on_after_stall(host: Host, guest: Guest, reason: str) -> None:
         time.sleep(STALL_RETRY_S)
         try:
             with host.locks.hold(guest.sandbox):
-                if guest.machine is None or _stays_running(guest.machine):
+                if guest.machine is None or is_frozen(host, guest.sandbox):
+                    break  # a thaw makes the request anew
+                if _stays_running(guest.machine):
                     break
         except DiapauseError as error:
             log.warning("%s stands and can't be thawed: %s", guest.sandbox, error)
@@ -80,6 +88,8 @@ def _stays_running(machine: QemuMachine) -> bool:
 
 def _stands(host: Host, guest: Guest) -> bool:
     with host.locks.hold(guest.sandbox), contextlib.suppress(DiapauseError):
+        if is_frozen(host, guest.sandbox):
+            return False
         if host.guests.get(guest.sandbox) is guest and guest.machine is not None:
             return guest.machine.alive() and guest.machine.status() == "paused"
     return False

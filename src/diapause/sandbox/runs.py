@@ -18,6 +18,8 @@ from diapause.sandbox.states import wrong_state
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord
 
+_ALIVE = ("running", "frozen", "pausing", "resuming", "creating")
+
 
 class Runs(Part):
     """`run` and `rm`."""
@@ -66,6 +68,6 @@ class Runs(Part):
                 record = self.catalog.sandbox(record.id) or record  # its VMM is ended all the same
             if record.state == "removed":
                 return
-            if not force and record.state in ("running", "pausing", "resuming", "creating"):
+            if not force and record.state in _ALIVE:
                 raise wrong_state(record, "rm", "paused, stopped or failed; or use `rm -f`")
             Remove(self.host, record).execute()

@@ -79,7 +79,7 @@ class Starts(Part):
             return find_snapshot(self.catalog, reference), {}
         with self.host.locks.hold(found.id):
             record = self.reread(found)
-            if record.state != "running":
+            if record.state not in ("running", "frozen"):
                 require(record, "fork", "running", "paused", "stopped", "failed")
                 return self.snapshot_of(record), {}
             verb = self.captures.save_under_lock(record, CaptureRequest(durability="process"))

@@ -1,12 +1,14 @@
 """The states of a sandbox and which verb leads from which to which.
 
     run       (none)            -> creating -> running
-    pause     running           -> pausing  -> paused
+    pause     running, frozen   -> pausing  -> paused
     resume    paused            -> resuming -> running
     fork      (a snapshot)      -> creating -> running, for each new sandbox
-    save      running           -> running
+    save      running, frozen   -> as it was
+    freeze    running           -> frozen
+    thaw      frozen            -> running
     rm        any but removing  -> removing -> (gone)
-    (VMM)     running           -> stopped, by the guest's own doing, or failed
+    (VMM)     running, frozen   -> stopped, by the guest's own doing, or failed
 
 A verb that fails puts the sandbox back where it was. What a verb finds done already is a success
 that says so.
@@ -26,6 +28,7 @@ _ADVICE = {
     "pausing": "It is being paused; try again.",
     "removing": "It is being removed.",
     "running": "`diapause pause {id}` pauses it.",
+    "frozen": "`diapause thaw {id}` lets it go on.",
 }
 
 

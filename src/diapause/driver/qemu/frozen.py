@@ -12,7 +12,8 @@ Order, and why it is this one:
 7. `cont`, or nothing for a pause.
 
 `frozen_ms` runs from before `stop` until all is captured. Whatever fails on the way, the guest goes
-on; what was switched or re-armed by then is in the error's `frozen`, since it can't be undone.
+on; what was switched or re-armed by then is in the error's `frozen`, since it can't be undone. A
+guest that somebody froze before (`plan.stands`) is never thawed here.
 """
 
 from __future__ import annotations
@@ -71,20 +72,20 @@ def freeze_and_capture(machine: QemuMachine, plan: FreezePlan) -> Frozen:
         _give_back(machine, plan)
         _take_back(machine)
         raise FrozenSectionFailed(
-            section.frozen, _failure(machine, section, error), True
+            section.frozen, _failure(machine, plan, section, error), True
         ) from error
     _sync(plan)
     began = time.perf_counter()
     try:
         _capture(machine, plan, nodes, section)
         section.frozen.frozen_ms = (time.perf_counter() - began) * 1e3
-        if plan.goes_on:
+        if plan.goes_on and not plan.stands:
             section.take("thaw", machine.thaw)
     except BaseException as error:  # whatever it is: what was switched or re-armed must be known
-        if thawed := _thaw_after_failure(machine):
+        if thawed := plan.stands or _thaw_after_failure(machine):
             _give_back(machine, plan)
         raise FrozenSectionFailed(
-            section.frozen, _failure(machine, section, error), thawed
+            section.frozen, _failure(machine, plan, section, error), thawed
         ) from error
     finally:
         _take_back(machine)
@@ -202,7 +203,8 @@ def _thaw_after_failure(machine: QemuMachine) -> bool:
     return True
 
 
-def _failure(machine: QemuMachine, section: _Section, error: BaseException) -> CaptureFailed:
-    return CaptureFailed(
-        sandbox=machine.sandbox, step=section.step, cause=str(error), guest="goes on"
-    )
+def _failure(
+    machine: QemuMachine, plan: FreezePlan, section: _Section, error: BaseException
+) -> CaptureFailed:
+    guest = "stays frozen" if plan.stands else "goes on"
+    return CaptureFailed(sandbox=machine.sandbox, step=section.step, cause=str(error), guest=guest)
