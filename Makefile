@@ -18,7 +18,11 @@ AGENT := src/diapause/native/diapause-agent
 TRACKER := src/diapause/native/libdiapause_tracker.so
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml -o -name build.rs)
 
-.PHONY: help setup setup-dev demo test bench soak lint clean system
+# Where `make install` puts what was built; DESTDIR is in front of it for whoever makes packages.
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+.PHONY: help setup setup-dev demo test bench soak lint install uninstall clean system
 
 help:
 	@echo 'make setup   what is missing of system packages, .venv and the Rust parts'
@@ -27,6 +31,8 @@ help:
 	@echo 'make lint    the linters alone'
 	@echo 'make bench   the figures, side by side with their peers'
 	@echo 'make soak    the long tests'
+	@echo 'make install PREFIX=/usr/local   launcher, systemd units, completions; also as a user, in ~/.local'
+	@echo 'make uninstall PREFIX=/usr/local'
 	@echo 'make clean   removes what was built, keeps the downloads of pip and cargo'
 
 setup: system $(RUN) $(AGENT) $(TRACKER) $(PACKAGE)
@@ -53,6 +59,12 @@ test: lint
 
 soak: setup-dev
 	$(PYTHON) -m pytest -m soak
+
+install: setup
+	$(PYTHON) tools/install.py '$(PREFIX)' '$(DESTDIR)'
+
+uninstall:
+	$(PYTHON) tools/install.py --uninstall '$(PREFIX)' '$(DESTDIR)'
 
 clean:
 	rm -rf .venv target src/diapause/native src/diapause/_core*.so

@@ -143,6 +143,11 @@ def test_every_error_gets_the_fields_of_its_message() -> None:
     assert lacking == []
 
 
+def test_every_error_says_what_to_do() -> None:
+    """What happened and to what is the message; the hint is what to do about it."""
+    assert [error.__name__ for error in errors.all_errors() if not error.hint] == []
+
+
 def test_the_table_of_errors_is_the_classes() -> None:
     """docs/errors.md is made by tools/errors_table.py."""
     assert (sources.ROOT / "docs/errors.md").read_text() == table()

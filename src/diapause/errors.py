@@ -18,7 +18,13 @@ class DiapauseError(Exception):
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
     status: ClassVar[int] = 500
-    hint: ClassVar[str] = ""
+    hint: ClassVar[str] = (
+        "It is a defect: please report it with what `diapause support-bundle` packs."
+    )
+
+    def __init_subclass__(cls) -> None:
+        if "hint" not in vars(cls):  # a class without advice gives none, least of all this one
+            cls.hint = ""
 
     def __init__(self, **fields: Any) -> None:
         self.fields = fields
@@ -63,12 +69,14 @@ class InvalidRequest(DiapauseError):
     """{what} is not valid: {cause}."""
 
     code, exit_code, status = "invalid_request", 2, 400
+    hint = "`diapause VERB --help` has every option, with examples; docs/api.md has the API."
 
 
 class NotSupportedYet(DiapauseError):
     """{what} is part of the contract but this version does not do it yet."""
 
     code, exit_code, status = "not_supported", 2, 501
+    hint = "Leave it out; docs/limitations.md lists what this version does not do."
 
 
 class SandboxNotFound(DiapauseError):
@@ -166,6 +174,7 @@ class VmmTimeout(DiapauseError):
     """The VMM of sandbox {sandbox} did not finish {step} within {bound_s:.0f} s."""
 
     code, exit_code, status = "vmm_timeout", 33, 504
+    hint = "Try again; if it goes on, vmm.log in the sandbox's directory may say why."
 
 
 class SnapshotIncompatible(DiapauseError):
@@ -179,6 +188,7 @@ class CaptureFailed(DiapauseError):
     """Capturing sandbox {sandbox} failed at {step}: {cause}. The guest {guest}."""
 
     code, exit_code, status = "capture_failed", 35, 500
+    hint = "Nothing of it is left: the same verb may be tried again once the cause is gone."
 
 
 class BlobDamaged(DiapauseError):
@@ -199,12 +209,14 @@ class SnapshotLost(DiapauseError):
     """Snapshot {snapshot} is failed: {cause}."""
 
     code, exit_code, status = "snapshot_lost", 42, 409
+    hint = "An older one may be whole: `diapause snapshot ls`."
 
 
 class ImageBuildFailed(DiapauseError):
     """Building image {image} failed at {step}: {cause}."""
 
     code, exit_code, status = "image_build_failed", 43, 500
+    hint = "Nothing of it is left: build it again once the cause is gone."
 
 
 class AgentUnreachable(DiapauseError):
@@ -218,12 +230,14 @@ class AgentRefused(DiapauseError):
     """The agent in sandbox {sandbox} refused {what}: {cause}."""
 
     code, exit_code, status = "agent_refused", 51, 502
+    hint = "`diapause logs {sandbox}` shows the guest's console."
 
 
 class ExecCut(DiapauseError):
     """The command's stream was cut: {cause}."""
 
     code, exit_code, status = "exec_cut", 125, 502
+    hint = "The command may go on in its guest; what it wrote until then was handed on."
 
 
 class DaemonUnreachable(DiapauseError):

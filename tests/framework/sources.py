@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _BUILT = {".git", ".venv", ".cache", "target", "native", "results", "golden", "__pycache__"}
-_FOLDERS = (".ci", "benchmarks", "docs", "rust", "src", "tests", "tools")
+_FOLDERS = (".ci", "benchmarks", "docs", "packaging", "rust", "src", "tests", "tools")
 _TEXT = {".py", ".pyi", ".rs", ".sh", ".md", ".toml", ".txt", ".yml", ".json", ".lock"}
 _RUST_FUNCTION = re.compile(r"^(\s*)(?:pub(?:\([a-z]+\))? |const |unsafe |extern \"C\" )*fn (\w+)")
 

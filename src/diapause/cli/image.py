@@ -20,7 +20,13 @@ Examples:
   diapause image ls"""
 
 
-@click.group()
+_EXAMPLES = """\b
+Examples:
+  diapause image build tiny
+  diapause image ls"""
+
+
+@click.group(epilog=_EXAMPLES)
 @json_option
 def image() -> None:
     """What sandboxes boot from."""

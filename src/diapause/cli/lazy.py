@@ -25,4 +25,16 @@ class LazyGroup(click.Group):
             return None
         module, _, function = self._verbs[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), function)
+        if ctx.resilient_parsing:  # a shell asks what could come next
+            _complete_references(command)
         return command
+
+
+def _complete_references(command: click.Command) -> None:
+    from diapause.cli.completion import REFERENCES
+
+    for parameter in command.params:
+        if parameter.name in REFERENCES and parameter.type is click.STRING:
+            parameter.type = REFERENCES[parameter.name]
+    for below in getattr(command, "commands", {}).values():
+        _complete_references(below)

@@ -32,6 +32,7 @@ _VERBS = {
         "logs": "logs", "exec": "exec", "rm": "rm", "pause": "pause", "resume": "resume",
         "fork": "fork", "snapshot": "snapshot", "serve": "serve", "freeze": "freeze",
         "thaw": "freeze",
+        "completion": "completion",
     }.items()
 }  # fmt: skip
 _VERBS["exec"] = "diapause.cli.exec:exec_"
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str] | None = None, command: DaemonCommand = daemon
     words = list(sys.argv[1:] if arguments is None else arguments)
     context = Context(Home.at(), json="--json" in _before_command(words), command=command)
     try:
+        if os.environ.get("_DIAPAUSE_COMPLETE"):
+            from diapause.cli.completion import answer_shell
+
+            return answer_shell(cli, context)
         return _run(words, context)
     except BrokenPipeError:
         # Nothing more can be said there; the interpreter must not try to at its exit.

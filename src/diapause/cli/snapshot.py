@@ -25,7 +25,13 @@ Examples:
   diapause snapshot inspect before-upgrade"""
 
 
-@click.group()
+_EXAMPLES = """\b
+Examples:
+  diapause snapshot save web --name before-upgrade
+  diapause snapshot ls"""
+
+
+@click.group(epilog=_EXAMPLES)
 @json_option
 def snapshot() -> None:
     """Sandboxes as they were at one instant."""

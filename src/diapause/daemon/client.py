@@ -44,9 +44,15 @@ class _Connection(http.client.HTTPConnection):
 class Client:
     """The verbs of one home's daemon."""
 
-    def __init__(self, home: Home, command: DaemonCommand = daemon_command) -> None:
+    def __init__(
+        self,
+        home: Home,
+        command: DaemonCommand | None = daemon_command,
+        bound_s: float = VERB_S,
+    ) -> None:
+        """Without a command none is started, and where none runs it is DaemonUnreachable."""
         self.home = home
-        self._command = command
+        self._command, self._bound_s = command, bound_s
 
     def begin(self, attempt: Callable[[socket.socket], T]) -> T:
         """What `attempt` makes of a connection to the daemon, which is started if there is none.
@@ -157,7 +163,7 @@ class Client:
         self, method: str, path: str, answer: type[T], body: msgspec.Struct | None = None
     ) -> T:
         encoded = None if body is None else msgspec.json.encode(body)
-        with self._request(method, path, encoded, VERB_S) as response:
+        with self._request(method, path, encoded, self._bound_s) as response:
             try:
                 raw = response.read(ANSWER_BYTES_MAX)
             except (OSError, http.client.HTTPException) as error:

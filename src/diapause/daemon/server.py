@@ -149,6 +149,8 @@ async def _stop_on(
     """End the server on a signal, or when its home could not be opened."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if state.ready:
+        tell_supervisor("READY=1")
     if state.failure is not None:
         log.error("%s %s", state.failure.message, state.failure.advice)
         await asyncio.sleep(FAILURE_LINGER_S)
@@ -156,12 +158,27 @@ async def _stop_on(
         return
     await stopping
     log.info("told to stop")
+    tell_supervisor("STOPPING=1")
     for accepting in getattr(server, "servers", []):
         accepting.close()
     state.home.serve_socket.unlink(missing_ok=True)
     await asyncio.wait({opening}, timeout=STOP_S)
     await state.workers.drain(STOP_S)
     server.should_exit = True
+
+
+def tell_supervisor(word: str) -> None:
+    """Tell systemd, where it started us and asks to be told (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.sendto(word.encode(), address)
+    except OSError as error:  # a supervisor that is gone keeps nobody from serving
+        log.warning("telling the supervisor: %s", error)
 
 
 def _leave(code: int) -> None:

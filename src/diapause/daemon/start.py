@@ -40,10 +40,14 @@ def daemon_command(home: Home) -> list[str]:
     ]  # fmt: skip
 
 
-def connect(home: Home, command: DaemonCommand = daemon_command) -> socket.socket:
-    """A connection to the home's daemon, which is started if nobody listens."""
+def connect(home: Home, command: DaemonCommand | None = daemon_command) -> socket.socket:
+    """A connection to the home's daemon, which is started if nobody listens and there is a way."""
     connection = try_connect(home)
-    return connection if connection is not None else _start(home, command)
+    if connection is not None:
+        return connection
+    if command is None:
+        raise DaemonUnreachable(home=home.root, cause="none runs")
+    return _start(home, command)
 
 
 def try_connect(home: Home) -> socket.socket | None:
