@@ -144,6 +144,6 @@ def storage_error(path: Path, error: BaseException) -> NotEnoughSpace | StorageF
     if kind == sqlite3.SQLITE_BUSY:
         cause = f"another process has held it for {BUSY_MS // 1000} s"
         return StorageFailed(what="the catalog", cause=cause)
-    if kind == sqlite3.SQLITE_IOERR:
+    if kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
         return StorageFailed(what="the catalog", cause=str(error))
     return None

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -28,6 +29,7 @@ from diapause.daemon.openapi import document
 from diapause.daemon.routes import ROUTES, Call, Route, SystemAnswer
 from diapause.daemon.state import State
 from diapause.errors import DiapauseError, InvalidRequest
+from diapause.store.files import unexpected_storage_error
 
 log = logging.getLogger("diapause.daemon")
 
@@ -42,7 +44,7 @@ def application(state: State) -> Starlette:
         exception_handlers={
             DiapauseError: _failed,
             HTTPException: _refused,
-            Exception: _broke,
+            Exception: partial(_broke, state.home.root),
         },
     )
     # A path with a slash too many is another path, as the document says.
@@ -215,8 +217,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return _error_response(typed, error.status_code, dict(error.headers or {}))
 
 
-async def _broke(request: Request, error: Exception) -> Response:
-    """A defect of ours: logged whole by starlette's caller, answered in one line."""
+async def _broke(home: Path, request: Request, error: Exception) -> Response:
+    """What nobody was ready for: logged whole by starlette's caller, answered in one line."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)
+    what = f"{request.method} {request.url.path}"
+    if (refused := unexpected_storage_error(what, home, error)) is not None:
+        return _error_response(refused)
     return _error_response(DiapauseError(cause=f"{type(error).__name__}: {error}"))

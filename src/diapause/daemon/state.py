@@ -14,6 +14,7 @@ from diapause import limits
 from diapause.daemon.engine_api import Engine, OpenEngine
 from diapause.daemon.workers import Workers
 from diapause.errors import DaemonUnreachable, DiapauseError
+from diapause.store.files import unexpected_storage_error
 from diapause.store.home import Home
 
 log = logging.getLogger("diapause.daemon")
@@ -45,7 +46,8 @@ class State:
             self.failure = error
         except Exception as error:
             log.exception("opening %s failed", self.home.root)
-            self.failure = DiapauseError(cause=f"{type(error).__name__}: {error}")
+            refused = unexpected_storage_error("The home", self.home.root, error)
+            self.failure = refused or DiapauseError(cause=f"{type(error).__name__}: {error}")
         self._opened.set()
 
     async def engine(self) -> Engine:

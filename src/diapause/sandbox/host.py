@@ -65,6 +65,8 @@ class Host:
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
         self.closing = False
+        # What is done about a verb that could not be put back; recovery says it, which knows verbs.
+        self.settle_later: Callable[[str], object] = lambda sandbox: None
         self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
 
     # -- work behind the verbs -------------------------------------------------------------------

@@ -54,12 +54,13 @@ _BETWEEN_S = 0.5
 
 def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
+    host.settle_later = lambda sandbox: host.watch(partial(settle_when_it_answers, host, sandbox))
     silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
     for operation in host.catalog.journal.open_operations():
         if operation.sandbox not in silent:
             host.catalog.journal.end(operation.id, "recovered")  # of sandboxes that are gone
     for sandbox in silent:
-        host.watch(partial(settle_when_it_answers, host, sandbox))
+        host.settle_later(sandbox)
     _fail_lost_captures(host)
     end_strays(host)
     sweep(host)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diapause.errors import DiapauseError
 from diapause.store.boot import boot_id
+from diapause.store.files import unexpected_storage_error
 
 if TYPE_CHECKING:
     from diapause.sandbox.host import Host
@@ -52,8 +53,11 @@ class Verb:
             for number, step in enumerate(self.steps):
                 journal.step(self.operation, number, step)
                 self._take(step)
-        except BaseException as error:
+        except BaseException as found:
+            error = self._typed(step, found)
             self._fail(step, error)
+            if error is not found:
+                raise error from found
             raise
         journal.end(self.operation, "done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
@@ -65,6 +69,11 @@ class Verb:
         finally:
             self.phases_ms[step] = round((time.perf_counter() - began) * 1e3, 3)
 
+    def _typed(self, step: str, error: BaseException) -> BaseException:
+        """A file system may refuse anything, anywhere: that has a name of its own."""
+        what = f"Step {step} of {self.name}"
+        return unexpected_storage_error(what, self.host.home.root, error) or error
+
     def _fail(self, step: str, error: BaseException) -> None:
         code = error.code if isinstance(error, DiapauseError) else type(error).__name__
         outcome = error.code if isinstance(error, DiapauseError) else DiapauseError.code
@@ -74,8 +83,9 @@ class Verb:
         except Exception:
             # The operation stays open: recovery settles what could not be put back.
             log.exception("%s %s: putting back", self.name, self.sandbox)
-            return
+            self.left_to_recovery = True
         if self.left_to_recovery:
+            self.host.settle_later(self.sandbox)
             return
         self.host.catalog.journal.end(self.operation, f"{step}: {code}")
 

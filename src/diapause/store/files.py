@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from diapause import database
 from diapause.errors import BlobDamaged, BlobMissing, NotEnoughSpace, StorageFailed
 
 if TYPE_CHECKING:
@@ -21,14 +23,36 @@ def storage_errors(what: str, directory: Path, needed_bytes: int = 0) -> Iterato
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NotEnoughSpace(
-                what=what,
-                needed_bytes=needed_bytes or "more",
-                directory=str(directory),
-                available_bytes=free_bytes(directory),
-            ) from error
-        raise StorageFailed(what=what, cause=str(error)) from error
+        raise storage_error(what, directory, error, needed_bytes) from error
+
+
+def storage_error(
+    what: str, directory: Path, error: OSError, needed_bytes: int = 0
+) -> NotEnoughSpace | StorageFailed:
+    """What an error of the file system is called."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return NotEnoughSpace(
+            what=what,
+            needed_bytes=needed_bytes or "more",
+            directory=str(directory),
+            available_bytes=free_bytes(directory),
+        )
+    return StorageFailed(what=what, cause=str(error))
+
+
+def unexpected_storage_error(
+    what: str, directory: Path, error: BaseException
+) -> NotEnoughSpace | StorageFailed | None:
+    """The same for what nobody was ready for: any open may fail. None where it is no such error.
+
+    A connection that ended and a wait that took too long are errors of the system too, and no
+    word of its files.
+    """
+    if isinstance(error, sqlite3.Error):
+        return database.storage_error(directory / "catalog", error)
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+        return None
+    return storage_error(what, directory, error) if error.errno is not None else None
 
 
 def free_bytes(directory: Path) -> int:

@@ -1,0 +1,260 @@
+"""The power goes at any moment of a verb: its calls are recorded once and every cut is opened.
+
+A verb runs on a real guest under the real daemon while the daemon's calls are recorded. For each
+prefix of them, and for what a disk may hold of the unsynced then, the home is built anew and opened
+by the real engine as after a reboot. A state that was reported durable must be there, and whatever
+the catalog still offers must be whole, byte for byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diapause.catalog import SandboxRecord, SnapshotRecord
+from diapause.sandbox.engine import Engine
+from diapause.store import boot
+from diapause.store.home import Home
+from tests.framework.disk_model import VARIANTS, Disk, State
+from tests.framework.sandbox import Daemon, Sandbox, remove_closed
+from tests.framework.strace import Call, recorded
+
+OPEN_S = 120.0
+_CHUNK_BYTES = 1 << 20
+_OTHER_BOOT = "00000000-0000-4000-8000-0000000000cc"
+
+
+@dataclass
+class Recording:
+    """One verb as it went: where it began, what was called, and what it answered."""
+
+    begin: Path  # a copy of the home before it
+    root: Path
+    calls: list[Call]
+    answer: Any
+    promised_at: int  # the call by which the client was told
+    begun_from: str = ""  # the snapshot that the sandbox had before
+    foreign: dict[str, Path] = field(default_factory=dict)  # path in the home → its last content
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # snapshot → device → digest
+
+    def states(self) -> Iterator[tuple[int, str, State]]:
+        """Every different state that a cut can leave: after which call, what was kept, the state.
+
+        Only the last of equal states is of use: what was promised by then must hold.
+        """
+        disk = Disk(self.root, self.begin, {})
+        for path, last in self.foreign.items():
+            disk.mark_foreign(path, last)
+        seen: dict[int, tuple[int, str, State]] = {}
+        for number, call in enumerate(self.calls):
+            if is_stop(call):
+                disk.stopped = True
+            changed = disk.apply(call)
+            if not changed and number != self.promised_at:
+                continue
+            for data, names in VARIANTS:
+                state = disk.state(data, names)
+                seen[state.key] = (number, f"data {data}, names {names}", state)
+        yield from sorted(seen.values(), key=lambda found: found[0])
+
+    def without(self, *names: str) -> Recording:
+        """The same recording as if these calls had not been made."""
+        calls = [call for call in self.calls if call.name not in names]
+        told = self.calls[self.promised_at]
+        return replace(self, calls=calls, promised_at=calls.index(told))
+
+    def promised(self, number: int) -> bool:
+        """Whether the client had its answer when the power went after this call."""
+        return number >= self.promised_at
+
+
+def is_stop(call: Call) -> bool:
+    """Whether it tells the VMM to stop its guest."""
+    return call.name in ("sendto", "write", "sendmsg") and b'"stop"' in _said(call)
+
+
+def _said(call: Call) -> bytes:
+    argument = call.arguments[1]
+    if not argument.startswith(b'"'):
+        return b"".join(bytes.fromhex(h.decode()) for h in _hexes(call))
+    return call.text(1)
+
+
+def _hexes(call: Call) -> list[bytes]:
+    joined = b", ".join(call.arguments[1:])
+    return [text.replace(b"\\x", b"") for text in joined.split(b'"')[1::2]]
+
+
+@contextlib.contextmanager
+def recording(
+    daemon: Daemon,
+    act: Callable[[], Any],
+    said: Callable[[Any], bytes],
+    after: Callable[[], None] = lambda: None,
+) -> Iterator[Recording]:
+    """Record `act` and what goes on behind it until `after` returns.
+
+    `said(answer)` is what the daemon's reply to the client holds and nothing before it does.
+    """
+    home = daemon.home
+    with tempfile.TemporaryDirectory(prefix="dia-cut-", dir=home.root.parent) as scratch:
+        begin, aside = Path(scratch) / "begin", Path(scratch) / "aside"
+        aside.mkdir()
+        before = digests_of(daemon)
+        foreign = _links_of_overlays(home, aside)
+        subprocess.run(["cp", "-a", "--sparse=always", home.root, begin], check=True, timeout=300)
+        with recorded(daemon.pid) as calls:
+            answer = act()
+            after()
+        made = Recording(begin, home.root, calls, answer, 0, foreign=foreign)
+        made.promised_at = _promise(calls, said(answer))
+        made.digests = before | digests_of(daemon)
+        yield made
+        remove_closed(begin)
+
+
+def _links_of_overlays(home: Home, aside: Path) -> dict[str, Path]:
+    """Links to what VMMs write, so that its last content can be read when the name is gone."""
+    found = {}
+    for number, path in enumerate(sorted(home.sandboxes.glob("*/disk*.qcow2"))):
+        link = aside / str(number)
+        link.hardlink_to(path)
+        found[str(path)] = link
+    return found
+
+
+def _promise(calls: list[Call], said: bytes) -> int:
+    for number, call in enumerate(calls):
+        if call.name in ("sendto", "sendmsg") and said in _said(call):
+            return number
+    raise AssertionError(f"nothing in {len(calls)} calls says {said!r}")
+
+
+# -- what a home offers ------------------------------------------------------------------------
+
+
+def digests_of(daemon: Daemon) -> dict[str, dict[str, str]]:
+    """For each snapshot that can be had of a home, the digest of each device."""
+    found = {}
+    for row in daemon.client.snapshots():
+        if row.state == "packed":
+            with Sandbox(daemon, "").forked(row.id):
+                place = daemon.home.flat_of(row.id)
+                found[row.id] = {d.name: content_digest(place / d.name) for d in row.devices}
+    return found
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a sparse file's bytes, whatever of its zeros is a hole."""
+    digest = hashlib.blake2b(str(path.stat().st_size).encode())
+    with path.open("rb", buffering=0) as file:
+        for start, end in _data_ranges(file.fileno()):
+            for at in range(start - start % _CHUNK_BYTES, end, _CHUNK_BYTES):
+                chunk = os.pread(file.fileno(), _CHUNK_BYTES, at)
+                if chunk.count(0) != len(chunk):
+                    digest.update(at.to_bytes(8, "little") + chunk)
+    return digest.hexdigest()
+
+
+def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
+    """Ranges with data, each chunk of the file in one of them at most."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        end = -(-end // _CHUNK_BYTES) * _CHUNK_BYTES
+        yield start, end
+
+
+# -- a home after the cut ----------------------------------------------------------------------
+
+
+class Opened:
+    """A home that the real engine opened after a reboot, and what it says then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.host = engine, engine.host
+
+    @property
+    def sandboxes(self) -> dict[str, SandboxRecord]:
+        return {row.id: row for row in self.host.catalog.sandboxes()}
+
+    @property
+    def snapshots(self) -> dict[str, SnapshotRecord]:
+        return {row.id: row for row in self.host.catalog.snapshots()}
+
+    def settle(self) -> None:
+        """Wait for what the engine began behind its opening."""
+        self.host.behind("nothing", lambda: None).result(OPEN_S)
+
+    def device_digests(self, snapshot: str) -> dict[str, str]:
+        """Every device of a snapshot, read and verified."""
+        record = self.snapshots[snapshot]
+        flat = self.host.flats.ensure(record)
+        self.host.flats.device_state(record)
+        return {name: content_digest(path) for name, path in flat.files.items()}
+
+
+@contextlib.contextmanager
+def opened(home: Home) -> Iterator[Opened]:
+    """Open a home in this process, under another boot of the host."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        with another_boot():
+            engine = Engine.open(home, loop)
+            try:
+                yield Opened(engine)
+            finally:
+                engine.close()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(OPEN_S)
+        loop.close()
+
+
+@contextlib.contextmanager
+def another_boot() -> Iterator[None]:
+    """Let every module that asks see another boot id."""
+    real = boot.boot_id
+    places = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("diapause.") and getattr(module, "boot_id", None) is real
+    ]
+    for module in places:
+        module.boot_id = lambda: _OTHER_BOOT  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in places:
+            module.boot_id = real  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def built(state: State, near: Path) -> Iterator[Home]:
+    """The home that a cut leaves, beside `near` (its unchanged files are links)."""
+    root = Path(tempfile.mkdtemp(prefix="dia-", dir=near))
+    home = Home.at(root)
+    try:
+        state.build(root)
+        yield home.create()
+    finally:
+        for directory in (home.root, home.sockets, home.buffers):
+            remove_closed(directory)
+            shutil.rmtree(directory, ignore_errors=True)
