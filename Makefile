@@ -49,7 +49,7 @@ lint: setup-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/shellcheck .ci/run tools/*.sh src/diapause/guest/rootfs/etc/rc src/diapause/guest/rootfs/etc/agent
+	.venv/bin/shellcheck .ci/run tools/*.sh src/diapause/guest/rootfs/etc/{rc,agent,network}
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 

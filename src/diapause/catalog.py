@@ -16,6 +16,7 @@ from diapause.database import Database, now
 from diapause.errors import NameInUse
 from diapause.journal import Journal
 from diapause.migrations import forget_copies, migrate
+from diapause.model import PortForward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +74,8 @@ class SandboxRecord(msgspec.Struct, kw_only=True):
     frozen: bool = False  # its vCPUs stand because somebody asked for it, whatever else goes on
     tracker: bool = False
     agent: bool = True
+    net: str = "none"
+    ports: list[PortForward] = []
     error: dict[str, Any] | None = None
     reason: str | None = None
 
@@ -119,6 +122,7 @@ class SnapshotRecord(msgspec.Struct, kw_only=True):
     state_digest: str
     devices: list[DeviceRecord]
     error: dict[str, Any] | None = None
+    net: str = "none"
 
 
 # Made once: two threads that first decode one type at the same time have crashed msgspec.

@@ -128,6 +128,13 @@ class Busy(DiapauseError):
     hint = "Try again; `diapause inspect {sandbox}` says what it is doing."
 
 
+class PortUnavailable(DiapauseError):
+    """Port {port} of the host's 127.0.0.1 can't be forwarded: {cause}."""
+
+    code, exit_code, status = "port_unavailable", 17, 409
+    hint = "Free it and try again, or fork the sandbox or its snapshot: a fork has no forwards."
+
+
 class NotEnoughMemory(DiapauseError):
     """{what} needs {needed_bytes} bytes of memory; the host has {available_bytes} available."""
 

@@ -26,6 +26,13 @@ class Answer(msgspec.Struct, kw_only=True):
     """A reply: fields may be added, never taken away."""
 
 
+class PortForward(Answer):
+    """A TCP port of the host's 127.0.0.1 that leads to one of the guest."""
+
+    host: int
+    guest: int
+
+
 class RunRequest(Strict):
     """Make a sandbox from an image and start it."""
 
@@ -176,6 +183,8 @@ class SandboxDetail(Answer):
     hostname: str
     doing: str | None  # the journal's open verb and step
     directory: str
+    net: str = "none"
+    ports: list[PortForward] = []
 
 
 class DeviceInfo(Answer):

@@ -26,6 +26,7 @@ from diapause.errors import (
     WrongState,
 )
 from diapause.guest.session import ExecRequest
+from diapause.sandbox.network import check_network
 from diapause.store.home import Home
 
 PATTERN = bytes(range(256)) * 256  # 64 KiB
@@ -190,8 +191,7 @@ class FakeEngine:
         return [self._image("tiny", "tiny")]
 
     def run(self, request: model.RunRequest) -> model.RunAnswer:
-        if request.net != "none":
-            raise NotSupportedYet(what=f"--net {request.net}")
+        check_network(request)
         with self._lock:
             for owner in self._rows.values():
                 if request.name and owner.name == request.name:

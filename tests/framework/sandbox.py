@@ -164,10 +164,12 @@ class Sandbox:
 class Daemon:
     """One home with its daemon, which is started when somebody asks something."""
 
-    def __init__(self, home: Home, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Home, environment: dict[str, str] | None = None, within: tuple[str, ...] = ()
+    ) -> None:
         self.home = home
         words = [f"{name}={value}" for name, value in (environment or {}).items()]
-        self.client = Client(home, lambda home: ["env", *words, *daemon_command(home)])
+        self.client = Client(home, lambda home: [*within, "env", *words, *daemon_command(home)])
 
     # -- the process -----------------------------------------------------------------------------
 
@@ -199,9 +201,12 @@ class Daemon:
 
     # -- sandboxes and snapshots -----------------------------------------------------------------
 
-    def run(self, name: str | None = None, memory_bytes: int = MEMORY_BYTES) -> Sandbox:
+    def run(
+        self, name: str | None = None, memory_bytes: int = MEMORY_BYTES, **more: Any
+    ) -> Sandbox:
         self._remember()
-        request = RunRequest(name=name, memory_bytes=memory_bytes, disk_bytes=DISK_BYTES, boot=True)
+        wanted = {"disk_bytes": DISK_BYTES, "boot": True, **more}
+        request = RunRequest(name=name, memory_bytes=memory_bytes, **wanted)
         made = Sandbox(self, self.client.run(request).sandbox)
         self._learn()
         return made

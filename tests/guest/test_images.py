@@ -127,7 +127,7 @@ def test_a_manifest_leads_nowhere_else(home: Home) -> None:
 def test_a_newer_manifest_is_refused(home: Home) -> None:
     """Its format says what this version can't know."""
     make_image(home, format=images.MANIFEST_VERSION + 1)
-    with pytest.raises(BlobDamaged, match="format 2, not 1"):
+    with pytest.raises(BlobDamaged, match="format 3, not 2"):
         images.find_image(home, "small")
 
 

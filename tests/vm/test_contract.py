@@ -101,7 +101,7 @@ def test_a_quiesced_capture_says_what_it_did(daemon: Daemon, guest: Sandbox) -> 
         (("snapshot", "inspect", "nosuch"), 11),
         (("run", "--image", "nosuch"), 12),
         (("run", "--memory", "900G"), 20),
-        (("run", "--net", "user"), 2),
+        (("run", "--net", "bridge"), 2),
         (("run", "--memory", "lots"), 2),
         (("nosuchverb",), 2),
     ],

@@ -1,4 +1,5 @@
-//! The tracker: preloaded into QEMU, it does two things to one file and nothing else.
+//! The tracker: preloaded into QEMU, it does two things to one file, and bars a guest's network
+//! from the host's loopback (`network`).
 //!
 //! 1. The mapping of the memory file is registered with a userfaultfd for *asynchronous*
 //!    write-protect, so that `PAGEMAP_SCAN` from another process can list and re-arm the pages
@@ -16,6 +17,8 @@
 //! - `WP_UNPOPULATED` is needed so that a page that was never touched is tracked too.
 //! - Registration alone arms nothing; the first re-arming scan does.
 //! - The registration lives as long as the descriptor: it is never closed.
+
+mod network;
 
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::os::unix::ffi::OsStringExt;

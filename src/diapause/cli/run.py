@@ -13,7 +13,8 @@ from diapause.units import GIB, MIB
 _EXAMPLES = """\b
 Examples:
   id=$(diapause run)
-  diapause run --name web --memory 1G --cpus 2 --disk 4G"""
+  diapause run --name web --memory 1G --cpus 2 --disk 4G
+  diapause run --net user -p 8080:80"""
 
 
 @click.command(epilog=_EXAMPLES)
@@ -23,8 +24,14 @@ Examples:
 @click.option("--cpus", type=int, default=1, show_default=True, help="Virtual CPUs.")
 @click.option("--disk", type=SIZE, default=1 * GIB, help="The disk at /data.  [default: 1G]")
 @click.option("--vmm", default="qemu", show_default=True, help="The VMM that runs it.")
-@click.option("--net", default="none", show_default=True, help="none or user.")
-@click.option("-p", "ports", multiple=True, metavar="HOST:GUEST", help="Forward a port.")
+@click.option("--net", default="none", show_default=True, help="user: outbound, through the VMM.")
+@click.option(
+    "-p",
+    "ports",
+    multiple=True,
+    metavar="HOST:GUEST",
+    help="Forward a TCP port of 127.0.0.1; needs --net user.",
+)
 @click.option("--boot", is_flag=True, help="Boot for real, though a booted snapshot would do.")
 @json_option
 @pass_context

@@ -37,6 +37,15 @@ class Shape:
     memory_bytes: int
     cpus: int
     disks_bytes: tuple[int, ...]
+    network: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A port of the host's loopback, 127.0.0.1, that leads to a port of the guest; TCP."""
+
+    host: int
+    guest: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class StartPlan:
     console_log: Path
     vmm_log: Path
     boot: BootFiles | None  # None: the machine waits for a device state
+    forwards: tuple[Forward, ...] = ()
 
 
 @dataclass(frozen=True)

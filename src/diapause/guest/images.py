@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from diapause.store.home import Home
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+_VERSIONS = (1, MANIFEST_VERSION)  # 1 knew no network and no root disk
 MANIFEST = "manifest.json"
 KERNEL = "kernel"
 INITRD = "initrd"
@@ -68,6 +69,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     command_line: str
     agent_blake2b: str
     busybox: str
+    network: bool = False  # whether the guest takes up a network device
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (OSError, msgspec.MsgspecError) as error:
         raise BlobDamaged(blob=path, cause=error) from error
-    if manifest.format != MANIFEST_VERSION:
+    if manifest.format not in _VERSIONS:
         raise BlobDamaged(blob=path, cause=f"format {manifest.format}, not {MANIFEST_VERSION}")
     # The names are joined to the directory: nothing in a manifest may lead out of it.
     for name in manifest.files:

@@ -17,7 +17,7 @@ import msgspec
 
 from diapause.guest import images
 from diapause.guest.initramfs import Initramfs
-from diapause.guest.kernel import Kernel, fetch_kernel, order_modules
+from diapause.guest.kernel import NETWORK_MODULES, Kernel, fetch_kernel, order_modules
 
 if TYPE_CHECKING:
     from diapause.guest.steps import ImageBuild
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMAND_LINE = "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable cryptomgr.notests noreplace-smp"
 FLAVOR = "tiny"
 _AGENT = "diapause-agent"
-_EXECUTABLE = ("rc", "agent")
+_EXECUTABLE = ("rc", "agent", "network")
 _DIRECTORIES = (
     "bin", "sbin", "etc", "lib", "lib/modules", "usr", "dev", "proc", "sys", "run", "data",
 )  # fmt: skip
@@ -53,6 +53,7 @@ def stage(build: ImageBuild) -> Path:
         files={file: images.FileEntry.of(staged / file) for file in (images.KERNEL, images.INITRD)},
         command_line=COMMAND_LINE,
         agent_blake2b=images.digest(agent),
+        network=True,
         busybox=build.run("asking busybox for its version", busybox).split(" multi-call")[0],
     )
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
@@ -72,9 +73,11 @@ def _initramfs(build: ImageBuild, kernel: Kernel, agent: Path, busybox: Path) ->
     _add_busybox(build, archive, busybox)
     archive.file("sbin/diapause-agent", agent.read_bytes(), 0o755)
     modules = order_modules(build, kernel)
-    for name, content in modules:
+    network = order_modules(build, kernel, NETWORK_MODULES, {name for name, _ in modules})
+    for name, content in modules + network:
         archive.file(f"lib/modules/{name}", content)
     archive.file("lib/modules/order", "".join(f"{name}\n" for name, _ in modules).encode())
+    archive.file("lib/modules/network", "".join(f"{name}\n" for name, _ in network).encode())
     settings = resources.files("diapause.guest").joinpath("rootfs/etc").iterdir()
     for entry in sorted(settings, key=lambda entry: entry.name):
         mode = 0o755 if entry.name in _EXECUTABLE else 0o644

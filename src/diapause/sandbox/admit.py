@@ -14,6 +14,7 @@ from diapause.limits import (
     MEMORY_BYTES_MAX,
     MEMORY_BYTES_MIN,
 )
+from diapause.sandbox.network import check_network
 from diapause.sandbox.refer import check_name
 from diapause.units import MIB, format_size
 
@@ -50,8 +51,7 @@ def check_run(catalog: Catalog, request: RunRequest) -> None:
         raise InvalidRequest(what="The number of CPUs", cause=f"it must be 1 to {CPUS_MAX}")
     if request.vmm != "qemu":
         raise NotSupportedYet(what=f"The VMM {request.vmm!r}")
-    if request.net != "none" or request.ports:
-        raise NotSupportedYet(what="A network in the guest")
+    check_network(request)
     check_memory("The sandbox", request.memory_bytes)
 
 

@@ -283,7 +283,7 @@ class Capture(Verb):
             hostname=record.hostname, machine_id=record.machine_id, agent=record.agent,
             dirty_source=self.rule, dirty_pages=self.frozen.page_count,
             frozen_ms=round(self.frozen.frozen_ms, 3), state_bytes=self.state_bytes,
-            state_digest=self.state_digest, devices=self._devices(),
+            state_digest=self.state_digest, devices=self._devices(), net=record.net,
         )  # fmt: skip
 
     def _devices(self) -> list[DeviceRecord]:

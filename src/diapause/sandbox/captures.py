@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from diapause.errors import DiapauseError
 from diapause.limits import PACK_S
 from diapause.sandbox import admit, views
+from diapause.sandbox.network import CUT_BY_PAUSE, has_network
 from diapause.sandbox.part import Part
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import find_sandbox
@@ -33,6 +34,8 @@ class Captures(Part):
             require(record, "pause", "running", "frozen")
             verb = Pause(self.host, record, self.guest(record), request)
             self._capture(verb)
+        if has_network(record):
+            verb.notes.append(CUT_BY_PAUSE)
         return self.captured(verb)
 
     def save(self, reference: str, request: CaptureRequest) -> CaptureAnswer:

@@ -20,6 +20,7 @@ from diapause.limits import END_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
 from diapause.sandbox.metrics import HomeCollector, Metrics
+from diapause.sandbox.network import has_network
 from diapause.sandbox.rescue import go_on_after_stall
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
@@ -161,7 +162,9 @@ class Host:
 
     def shape(self, record: SandboxRecord | SnapshotRecord) -> Shape:
         """The size of a machine, from its record."""
-        return Shape(record.memory_bytes, record.cpus, tuple(record.disks_bytes))
+        return Shape(
+            record.memory_bytes, record.cpus, tuple(record.disks_bytes), has_network(record)
+        )
 
     def memory_file(self, record: SandboxRecord) -> Path:
         """The flat memory file that a running sandbox's RAM is a mapping of."""

@@ -9,6 +9,7 @@ from diapause.guest import images
 from diapause.model import RemoveAnswer, RunAnswer, RunRequest
 from diapause.sandbox import accelerator, admit
 from diapause.sandbox.host import row_identity
+from diapause.sandbox.network import check_image, parse_forwards
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_sandbox
 from diapause.sandbox.remove import Remove
@@ -28,10 +29,12 @@ class Runs(Part):
         """Make a sandbox from an image and boot it."""
         admit.check_run(self.catalog, request)
         image = images.find_image(self.host.home, request.image)
+        check_image(request, image)
         self.host.driver.program()
         accelerated = accelerator.choose(self.host, image)
         record = self.new_record(request.name, request.image, request.memory_bytes, request.cpus)
         record.disks_bytes = [request.disk_bytes]
+        record.net, record.ports = request.net, parse_forwards(request.ports)
         record.identity = row_identity(self.host.driver.identity(accelerated))
         with self.host.locks.hold(record.id):
             self.put_new(record)

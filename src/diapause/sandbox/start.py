@@ -31,6 +31,7 @@ from diapause.limits import AGENT_BOOT_S, AGENT_READY_S
 from diapause.sandbox.capture import new_overlay_name
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import vmm_identity
+from diapause.sandbox.network import forwards_of
 from diapause.sandbox.verb import Verb
 from diapause.store.files import fsync_path, remove_tree
 
@@ -100,6 +101,7 @@ class Start(Verb):
             console_log=self.directory / "console.log",
             vmm_log=self.directory / "vmm.log",
             boot=self._boot() if self.state is None else None,
+            forwards=forwards_of(record),
         )
 
     def _boot(self) -> BootFiles:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diapause.errors import DiapauseError, SandboxNotFound
 from diapause.model import CaptureRequest, ForkAnswer, ForkRequest, ResumeAnswer, ResumeRequest
 from diapause.sandbox import admit
+from diapause.sandbox.network import FORK_HAS_NO_FORWARDS
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_sandbox, find_snapshot
 from diapause.sandbox.remove import Remove
@@ -67,9 +68,11 @@ class Starts(Part):
             raise failed[0]
         for verb in forks:
             phases = {name: max(ms, phases.get(name, 0.0)) for name, ms in verb.phases_ms.items()}
+        source = self.catalog.sandbox(snapshot.sandbox)
+        network = [FORK_HAS_NO_FORWARDS] if source is not None and source.ports else []
         return ForkAnswer(
             sandboxes=[verb.sandbox for verb in forks], snapshot=snapshot.id, phases_ms=phases,
-            notes=sorted({note for verb in forks for note in verb.notes}),
+            notes=sorted({note for verb in forks for note in verb.notes}) + network,
         )  # fmt: skip
 
     def _fork_source(self, reference: str) -> tuple[SnapshotRecord, dict[str, float]]:
@@ -89,7 +92,7 @@ class Starts(Part):
     def _new_fork(self, snapshot: SnapshotRecord) -> Fork:
         record = self.new_record(None, snapshot.image, snapshot.memory_bytes, snapshot.cpus)
         record.disks_bytes, record.identity = list(snapshot.disks_bytes), snapshot.identity
-        record.snapshot, record.agent = snapshot.id, snapshot.agent
+        record.snapshot, record.agent, record.net = snapshot.id, snapshot.agent, snapshot.net
         return Fork(self.host, record, snapshot)
 
     def _start_fork(self, verb: Fork) -> None:

@@ -47,7 +47,8 @@ def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
         reason=record.reason, memory_bytes=record.memory_bytes, cpus=record.cpus,
         disk_bytes=sum(record.disks_bytes), created_at=record.created_at,
         accelerator=record.identity.accelerator if record.identity else None,
-        tracker=record.tracker, hostname=record.hostname, doing=_doing(host.catalog, record.id),
+        tracker=record.tracker, hostname=record.hostname, net=record.net, ports=record.ports,
+        doing=_doing(host.catalog, record.id),
         directory=str(host.home.sandbox(record.id)),
     )  # fmt: skip
 

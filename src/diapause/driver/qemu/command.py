@@ -23,6 +23,10 @@ AGENT_PORT = "diapause.agent"
 SANDBOX_OPTIONS = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 CPU_MODELS = {"tcg": "qemu64,+rdrand,+ssse3,+sse4.1,+sse4.2,+popcnt", "kvm": "host"}
 _ACCELERATORS = {"tcg": "tcg,tb-size=32", "kvm": "kvm"}  # the default buffer is 1 GiB of addresses
+# One address for every guest: each has a network of its own. No ROM: nothing boots from it.
+_NETWORK_DEVICE = (
+    "-device", "virtio-net-pci,id=net0,netdev=net0,mac=52:54:00:12:34:56,addr=0x7,romfile=",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def guest_visible(identity: VmmIdentity, shape: Shape) -> list[str]:
         *[argument for index in range(len(shape.disks_bytes)) for argument in (
             "-device", f"virtio-blk-pci,id=disk{index},drive=disk{index}-top,addr={0x8 + index:#x}",
         )],
+        *(_NETWORK_DEVICE if shape.network else ()),
     ]  # fmt: skip
 
 
@@ -82,6 +87,7 @@ def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
         *_ports(fds),
         "-object", "rng-builtin,id=rng0",
         *_disks(plan, fds),
+        *_network(plan),
         *_with_top_nodes(guest_visible(identity, shape), plan),
         "-sandbox", SANDBOX_OPTIONS,
         *_start(plan),
@@ -133,6 +139,13 @@ def _disks(plan: StartPlan, fds: Descriptors) -> list[str]:
         ]  # fmt: skip
     assert len(fds.disks) == len(plan.disks)
     return arguments
+
+
+def _network(plan: StartPlan) -> list[str]:
+    if not plan.shape.network:
+        return []
+    forwards = [f",hostfwd=tcp:127.0.0.1:{port.host}-:{port.guest}" for port in plan.forwards]
+    return ["-netdev", f"user,id=net0,ipv6=off{''.join(forwards)}"]
 
 
 def _with_top_nodes(arguments: list[str], plan: StartPlan) -> list[str]:

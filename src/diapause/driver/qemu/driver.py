@@ -15,6 +15,7 @@ from diapause.driver.base import Shape, StartPlan, VmmIdentity
 from diapause.driver.process import find_by_argument, is_alive, process_ref
 from diapause.driver.qemu import command
 from diapause.driver.qemu.machine import QemuMachine, SocketPaths
+from diapause.driver.qemu.network import preloaded, refused_forward, resolvers
 from diapause.errors import SnapshotIncompatible, VmmFailed, VmmMissing, VmmTooOld
 from diapause.limits import SUBPROCESS_S
 
@@ -123,7 +124,7 @@ class QemuDriver:
             child = subprocess.Popen(
                 [program, *arguments[1:]],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=handed.numbers,
-                env=self._environment(fds), start_new_session=True, cwd="/",
+                env=self._environment(plan, fds), start_new_session=True, cwd="/",
             )  # fmt: skip
         process = process_ref(child.pid)
         if process is None:
@@ -138,13 +139,15 @@ class QemuDriver:
         except VmmFailed as error:
             machine.kill()
             cause = _last_line(plan.vmm_log) or error.fields.get("cause")
+            if refused := refused_forward(str(cause)):
+                raise refused from error
             raise VmmFailed(sandbox=plan.sandbox, step="spawn", cause=cause) from error
         except Exception:
             machine.kill()
             raise
         return machine
 
-    def _environment(self, fds: command.Descriptors) -> dict[str, str]:
+    def _environment(self, plan: StartPlan, fds: command.Descriptors) -> dict[str, str]:
         environment = {
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
             "LC_ALL": "C",
@@ -154,6 +157,9 @@ class QemuDriver:
             environment["LD_PRELOAD"] = str(self._tracker)
             environment["DIAPAUSE_MEMORY_PATH"] = command.memory_path(fds)
             environment["DIAPAUSE_MEMORY_FD"] = str(fds.memory)
+        if plan.shape.network:  # barred from the host's loopback, whatever else is switched off
+            environment["LD_PRELOAD"] = str(preloaded(plan.sandbox))
+            environment["DIAPAUSE_NET_RESOLVERS"] = ",".join(resolvers())
         return environment
 
     def adopt(
