@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("guest",),
     ("store",),
     ("catalog",),
-    ("journal", "migrations"),
+    ("events", "journal", "migrations"),
     ("database",),
     ("_core",),
     ("config", "model"),

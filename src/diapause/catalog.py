@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from diapause import events
 from diapause.database import Database, now
 from diapause.errors import NameInUse
-from diapause.journal import Journal
+from diapause.journal import Journal, note_event
 from diapause.migrations import forget_copies, migrate
 from diapause.model import PortForward
 
@@ -180,6 +181,7 @@ class Catalog:
         Raises NameInUse where another snapshot has its name.
         """
         with _names(record.name), self.database.transaction(durable=durable) as db:
+            before = _state(db, "snapshots", record.id)
             db.execute(
                 "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                 "name = excluded.name, state = excluded.state, record = excluded.record",
@@ -188,6 +190,9 @@ class Catalog:
                     record.created_at, _ENCODER.encode(record),
                 ),
             )  # fmt: skip
+            paused = sandbox is not None and sandbox.state == "pausing"
+            if told := events.of_snapshot(before, record, paused=paused):
+                note_event(db, told[0], record.sandbox, record.id, None, told[1])
             if sandbox is not None:
                 _put_sandbox(db, sandbox)
 
@@ -240,9 +245,17 @@ def _names(name: str | None) -> Iterator[None]:
         raise NameInUse(name=name, owner="another") from error
 
 
+def _state(db: sqlite3.Connection, table: str, row_id: str) -> str | None:
+    row = db.execute(f"SELECT state FROM {table} WHERE id = ?", (row_id,)).fetchone()
+    return None if row is None else str(row[0])
+
+
 def _put_sandbox(db: sqlite3.Connection, record: SandboxRecord) -> None:
+    before = _state(db, "sandboxes", record.id)
     db.execute(
         "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
         "name = excluded.name, state = excluded.state, record = excluded.record",
         (record.id, record.name, record.state, record.created_at, _ENCODER.encode(record)),
     )
+    if told := events.of_sandbox(before, record):
+        note_event(db, told[0], record.id, record.snapshot, None, told[1])

@@ -25,6 +25,7 @@ from diapause.limits import (
     IDEMPOTENCY_S,
     OPERATIONS_KEPT_MAX,
 )
+from diapause.model import Event
 
 if TYPE_CHECKING:
     import sqlite3
@@ -48,18 +49,6 @@ class OperationRecord(msgspec.Struct, kw_only=True):
     began_at: str = ""
     ended_at: str | None = None
     outcome: str | None = None
-
-
-class Event(msgspec.Struct, kw_only=True):
-    """Something that happened; `detail` is small and has only plain values."""
-
-    sequence: int
-    at: str
-    kind: str
-    sandbox: str | None = None
-    snapshot: str | None = None
-    operation: str | None = None
-    detail: dict[str, Any] = {}
 
 
 class KeptRequest(msgspec.Struct, kw_only=True):
@@ -159,22 +148,8 @@ class Journal:
         detail: dict[str, Any] | None = None,
     ) -> Event:
         """Note that something happened; a detail that is too large is left out, which it says."""
-        encoded = msgspec.json.encode(detail or {})
-        if len(encoded) > EVENT_DETAIL_BYTES_MAX:
-            encoded = msgspec.json.encode({"left_out_bytes": len(encoded)})
-        at = now()
         with self._database.transaction() as db:
-            sequence = db.execute(
-                "INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?)",
-                (at, kind, sandbox, snapshot, operation, encoded),
-            ).lastrowid
-            assert sequence is not None
-            if sequence % _DROP_EVERY == 0:
-                db.execute("DELETE FROM events WHERE sequence <= ?", (sequence - EVENTS_MAX,))
-        return Event(
-            sequence=sequence, at=at, kind=kind, sandbox=sandbox, snapshot=snapshot,
-            operation=operation, detail=_DETAIL.decode(encoded),
-        )  # fmt: skip
+            return note_event(db, kind, sandbox, snapshot, operation, detail)
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Event]:
         """At most `limit` events with a higher number than `after`, oldest first."""
@@ -236,6 +211,32 @@ class Journal:
         )
         found = (self.kept_request(key) for (key,) in rows.fetchall())
         return [kept for kept in found if kept is not None]
+
+
+def note_event(
+    db: sqlite3.Connection,
+    kind: str,
+    sandbox: str | None = None,
+    snapshot: str | None = None,
+    operation: str | None = None,
+    detail: dict[str, Any] | None = None,
+) -> Event:
+    """`Journal.event` within a transaction: noted with what is written there, or not at all."""
+    encoded = msgspec.json.encode(detail or {})
+    if len(encoded) > EVENT_DETAIL_BYTES_MAX:
+        encoded = msgspec.json.encode({"left_out_bytes": len(encoded)})
+    at = now()
+    sequence = db.execute(
+        "INSERT INTO events VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+        (at, kind, sandbox, snapshot, operation, encoded),
+    ).lastrowid
+    assert sequence is not None
+    if sequence % _DROP_EVERY == 0:
+        db.execute("DELETE FROM events WHERE sequence <= ?", (sequence - EVENTS_MAX,))
+    return Event(
+        sequence=sequence, at=at, kind=kind, sandbox=sandbox, snapshot=snapshot,
+        operation=operation, detail=_DETAIL.decode(encoded),
+    )  # fmt: skip
 
 
 def _kept(db: sqlite3.Connection, key: str) -> KeptRequest | None:

@@ -18,6 +18,13 @@ Durability = Literal["process", "disk", "store"]
 DirtySource = Literal["private", "tracked", "compared"]
 
 
+EventKind = Literal[
+    "created", "forked", "running", "frozen", "thawed", "paused", "resumed", "stopped", "failed",
+    "removed", "saved", "packed", "pack_failed", "snapshot_failed", "snapshot_removed", "stalled",
+    "verb_failed", "gc", "repaired", "daemon_started",
+]  # fmt: skip
+
+
 class Strict(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A request: an unknown field is an error."""
 
@@ -31,6 +38,18 @@ class PortForward(Answer):
 
     host: int
     guest: int
+
+
+class Event(Answer):
+    """Something that happened; `detail` is small and has only plain values."""
+
+    sequence: int
+    at: str
+    kind: str
+    sandbox: str | None = None
+    snapshot: str | None = None
+    operation: str | None = None
+    detail: dict[str, Any] = {}
 
 
 class RunRequest(Strict):

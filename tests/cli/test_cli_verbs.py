@@ -252,5 +252,5 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw",
-        "completion",
+        "completion", "events",
     }  # fmt: skip

@@ -26,6 +26,7 @@ from diapause.errors import (
     WrongState,
 )
 from diapause.guest.session import ExecRequest
+from diapause.model import Event
 from diapause.sandbox.network import check_network
 from diapause.store.home import Home
 
@@ -287,6 +288,20 @@ class FakeEngine:
         directory = self.home.sandbox(self._find(reference).sandbox)
         directory.mkdir(exist_ok=True)
         return directory / "console.log"
+
+    def events(self, after: int, limit: int) -> list[Event]:
+        path = self.home.root / "events"
+        numbers = range(after + 1, int(path.read_text() if path.exists() else "3") + 1)
+        return [
+            Event(
+                sequence=n,
+                at=CREATED,
+                kind="created",
+                sandbox="ab0001",
+                detail={"name": "\x1b[31m"},
+            )
+            for n in numbers[:limit]
+        ]
 
     def metrics(self) -> bytes:
         return b"# TYPE fake gauge\nfake 1\n"

@@ -19,17 +19,19 @@ from diapause.cli.output import json_document, printable
 _EXAMPLES = """\b
 Examples:
   diapause logs web
+  diapause logs --tail 20 web
   diapause logs -f web | grep -i error"""
 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("sandbox")
 @click.option("-f", "--follow", is_flag=True, help="Go on as the console grows.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @json_option
 @pass_context
-def logs(context: Context, sandbox: str, follow: bool) -> None:
+def logs(context: Context, sandbox: str, follow: bool, tail: int | None) -> None:
     """Print a sandbox's console. With --json: {"log": text}, or with -f one such line a piece."""
-    chunks = context.client().logs(sandbox, follow)
+    chunks = context.client().logs(sandbox, follow, tail)
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     if context.json and not follow:
         json_document({"log": "".join(decode(chunk) for chunk in chunks)})

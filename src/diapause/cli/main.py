@@ -33,6 +33,7 @@ _VERBS = {
         "fork": "fork", "snapshot": "snapshot", "serve": "serve", "freeze": "freeze",
         "thaw": "freeze",
         "completion": "completion",
+        "events": "events",
     }.items()
 }  # fmt: skip
 _VERBS["exec"] = "diapause.cli.exec:exec_"

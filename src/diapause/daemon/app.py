@@ -22,11 +22,12 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.routing import Route as HttpRoute
 
 from diapause import __version__, limits
+from diapause.daemon.event_stream import event_stream
 from diapause.daemon.exec_stream import exec_stream
 from diapause.daemon.logs import console
 from diapause.daemon.metrics import metrics_response
 from diapause.daemon.openapi import document
-from diapause.daemon.routes import ROUTES, Call, Route, SystemAnswer
+from diapause.daemon.routes import NUMBER_MAX, ROUTES, Call, Route, SystemAnswer
 from diapause.daemon.state import State
 from diapause.errors import DiapauseError, InvalidRequest
 from diapause.store.files import unexpected_storage_error
@@ -57,6 +58,7 @@ def _http_routes(state: State) -> list[BaseRoute]:
         "system": partial(_system, state),
         "logs": partial(_logs, state),
         "exec": _needs_websocket,
+        "events": partial(_events, state),
         "metrics": partial(_metrics, state),
         "openapi": partial(_openapi, msgspec.json.encode(document())),
     }
@@ -109,14 +111,14 @@ async def _checked(route: Route, request: Request) -> Call:
     if route.request is None:
         if body:
             raise InvalidRequest(what="the request", cause="it takes no body")
-        return Call(reference(request), _flags(route, request))
+        return Call(reference(request), *_parameters(route, request))
     if not body and not route.body_needed:
-        return Call(reference(request), _flags(route, request), route.request())
+        return Call(reference(request), *_parameters(route, request), route.request())
     try:
         decoded = msgspec.json.decode(body, type=route.request)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(what="the request body", cause=error) from error
-    return Call(reference(request), _flags(route, request), decoded)
+    return Call(reference(request), *_parameters(route, request), decoded)
 
 
 async def _body(request: Request) -> bytes:
@@ -140,15 +142,26 @@ def reference(request: Request) -> str:
     return ref
 
 
-def _flags(route: Route, request: Request) -> dict[str, bool]:
-    found = dict.fromkeys(route.flags, False)
+def _parameters(route: Route, request: Request) -> tuple[dict[str, bool], dict[str, int | None]]:
+    flags = dict.fromkeys(route.flags, False)
+    numbers: dict[str, int | None] = dict.fromkeys(route.numbers)
     for name, value in request.query_params.multi_items():
-        if name not in found:
+        if name in numbers:
+            numbers[name] = _number(name, value)
+        elif name not in flags:
             raise InvalidRequest(what=f"the parameter {name!r}", cause="there is no such parameter")
-        if value not in _FLAG:
+        elif value not in _FLAG:
             raise InvalidRequest(what=f"the parameter {name!r}", cause="it is true or false")
-        found[name] = _FLAG[value]
-    return found
+        else:
+            flags[name] = _FLAG[value]
+    return flags, numbers
+
+
+def _number(name: str, value: str) -> int:
+    if value.isascii() and value.isdigit() and len(value) <= 16 and int(value) <= NUMBER_MAX:
+        return int(value)
+    cause = f"it is a whole number from 0 to {NUMBER_MAX}"
+    raise InvalidRequest(what=f"the parameter {name!r}", cause=cause)
 
 
 async def _system(state: State, request: Request) -> Response:
@@ -164,7 +177,14 @@ async def _logs(state: State, request: Request) -> Response:
     call = await _checked(_route("logs"), request)
     engine = await state.engine()
     path = await state.workers.read(lambda: engine.console_log(call.ref))
-    return console(path, request, follow=call.flags["follow"])
+    return console(path, request, follow=call.flags["follow"], tail=call.numbers["tail"])
+
+
+async def _events(state: State, request: Request) -> Response:
+    call = await _checked(_route("events"), request)
+    engine = await state.engine()
+    after = call.numbers["after"] or 0
+    return event_stream(engine.events, request, after, follow=call.flags["follow"])
 
 
 async def _metrics(state: State, request: Request) -> Response:

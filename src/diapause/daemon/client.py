@@ -18,6 +18,7 @@ import msgspec
 from diapause import limits, model
 from diapause.daemon.start import DaemonCommand, connect, daemon_command
 from diapause.errors import DaemonUnreachable, DiapauseError, InvalidRequest, from_dict
+from diapause.model import Event
 from diapause.store.home import Home
 from diapause.units import KIB, MIB
 
@@ -138,9 +139,24 @@ class Client:
         """One snapshot."""
         return self._call("GET", f"/v1/snapshots/{segment(reference)}", model.SnapshotDetail)
 
-    def logs(self, reference: str, follow: bool = False) -> Iterator[bytes]:
-        """The guest's console; with `follow` on and on, until the caller stops."""
+    def logs(
+        self, reference: str, follow: bool = False, tail: int | None = None
+    ) -> Iterator[bytes]:
+        """The guest's console, or its last lines; with `follow` on and on."""
         path = f"{_sandbox(reference, '/logs')}?follow={str(follow).lower()}"
+        yield from self._stream(path if tail is None else f"{path}&tail={tail}", follow)
+
+    def events(self, after: int = 0, follow: bool = False) -> Iterator[Event]:
+        """What happened after that number; with `follow` on and on."""
+        path = f"/v1/events?after={after}&follow={str(follow).lower()}"
+        decode = msgspec.json.Decoder(Event).decode
+        rest = b""
+        for chunk in self._stream(path, follow):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield decode(line)
+
+    def _stream(self, path: str, follow: bool) -> Iterator[bytes]:
         # Following waits as long as the guest is quiet: the daemon's death ends it.
         with self._request("GET", path, None, None if follow else VERB_S) as response:
             if response.status != http.client.OK:

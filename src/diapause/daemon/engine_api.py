@@ -16,6 +16,7 @@ from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
     DoctorAnswer,
+    Event,
     ForkAnswer,
     ForkRequest,
     FreezeAnswer,
@@ -111,6 +112,9 @@ class Engine(Protocol):
 
     def console_log(self, reference: str) -> Path:
         """The file that the guest's console is written to."""
+
+    def events(self, after: int, limit: int) -> list[Event]:
+        """At most `limit` events after that number, oldest first."""
 
     def metrics(self) -> bytes:
         """What was counted and measured, as Prometheus reads it."""

@@ -8,7 +8,7 @@ import msgspec
 
 from diapause import __version__, limits
 from diapause.daemon.exec_wire import Control, ExecRequest, Report
-from diapause.daemon.routes import ROUTES, ErrorAnswer, Route
+from diapause.daemon.routes import NUMBER_MAX, ROUTES, ErrorAnswer, Route
 
 _REF = "#/components/schemas/{name}"
 _DESCRIPTION = (
@@ -71,6 +71,9 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     for name, text in route.flags.items():
         schema = {"type": "boolean", "default": False}
         found.append({"name": name, "in": "query", "schema": schema, "description": text})
+    for name, text in route.numbers.items():
+        schema = {"type": "integer", "minimum": 0, "maximum": NUMBER_MAX}
+        found.append({"name": name, "in": "query", "schema": schema, "description": text})
     return found
 
 
@@ -79,6 +82,8 @@ def _success(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, An
         return {"101": {"description": "The WebSocket is open"}}
     if route.stream == "logs":
         content: dict[str, Any] = {"application/octet-stream": {}}
+    elif route.stream == "events":
+        content = {"application/jsonl": {"schema": schema_of[id(route.answer)]}}
     elif route.stream == "metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
     elif route.stream == "openapi":

@@ -14,7 +14,7 @@ import msgspec
 
 from diapause import model
 from diapause.daemon.engine_api import Engine
-from diapause.model import Answer
+from diapause.model import Answer, Event
 
 
 class SystemAnswer(Answer):
@@ -48,8 +48,12 @@ class Call:
 
     ref: str = ""
     flags: dict[str, bool] = field(default_factory=dict)
+    numbers: dict[str, int | None] = field(default_factory=dict)
     body: Any = None
 
+
+# Of a parameter that is a number: what every client and SQLite can hold.
+NUMBER_MAX = 2**53
 
 Handler = Callable[[Engine, Call], Any]
 
@@ -66,6 +70,7 @@ class Route:
     request: type[msgspec.Struct] | None = None
     handler: Handler | None = None
     flags: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)  # whole, not negative; may be left out
     stream: str = ""
     # A body that may be left out stands for the request's defaults.
     body_needed: bool = True
@@ -136,6 +141,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "GET", SANDBOX + "/logs", "sandboxLogs", "The guest's console, raw", stream="logs",
         flags={"follow": "go on as it grows, until the client leaves"},
+        numbers={"tail": "only so many of its last lines"},
     ),
     Route(
         "GET", SANDBOX + "/exec", "execInSandbox", "Run a command: a WebSocket, see docs/api.md",
@@ -152,6 +158,12 @@ ROUTES: tuple[Route, ...] = (
     _get(
         "/v1/snapshots/{ref}", "inspectSnapshot", "One snapshot", model.SnapshotDetail,
         lambda engine, call: engine.inspect_snapshot(call.ref),
+    ),
+    Route(
+        "GET", "/v1/events", "events", "What happened, oldest first: one JSON document a line",
+        Event, stream="events",
+        flags={"follow": "go on as more happens, until the client leaves"},
+        numbers={"after": "only those with a higher `sequence`"},
     ),
     Route("GET", "/metrics", "metrics", "Counters and figures, for Prometheus", stream="metrics"),
     Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),

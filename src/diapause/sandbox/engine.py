@@ -8,8 +8,10 @@ what is done already, and otherwise runs its steps.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from diapause import __version__
 from diapause.guest import images
 from diapause.guest.build import build_image
 from diapause.limits import AGENT_READY_S
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         CaptureAnswer,
         CaptureRequest,
         DoctorAnswer,
+        Event,
         ForkAnswer,
         ForkRequest,
         FreezeAnswer,
@@ -71,6 +74,7 @@ class Engine:
         recover(host)
         host.catalog.worked()
         engine = cls(host)
+        host.event("daemon_started", version=__version__, pid=os.getpid())
         for snapshot in host.catalog.snapshots():
             if snapshot.state == "captured":
                 engine._captures.pack_behind(snapshot.id)
@@ -119,6 +123,10 @@ class Engine:
         """The file that the guest's console is written to."""
         record = find_sandbox(self._catalog, reference)
         return self._host.home.sandbox(record.id) / "console.log"
+
+    def events(self, after: int, limit: int) -> list[Event]:
+        """At most `limit` events after that number, oldest first."""
+        return self._catalog.journal.events(after, limit)
 
     def metrics(self) -> bytes:
         """What was counted and measured, as Prometheus reads it."""

@@ -8,7 +8,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.guest.link import Link
+    from diapause.model import EventKind
     from diapause.store.home import Home
 
 log = logging.getLogger("diapause.host")
@@ -69,6 +70,13 @@ class Host:
         # What is done about a verb that could not be put back; recovery says it, which knows verbs.
         self.settle_later: Callable[[str], object] = lambda sandbox: None
         self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
+
+    def event(self, kind: EventKind, sandbox: str | None = None, **detail: Any) -> None:
+        """Note what no row tells; whoever does so goes on whatever becomes of the note."""
+        try:
+            self.catalog.journal.event(kind, sandbox=sandbox, detail=detail)
+        except DiapauseError as error:
+            log.warning("the event %s of %s: %s", kind, sandbox, error)
 
     # -- work behind the verbs -------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 
 from diapause import __version__
@@ -101,6 +101,9 @@ class HomeCollector:
             "diapause_snapshots", "Snapshots by state", get_args(SnapshotState),
             (row.state for row in self._catalog.snapshots()),
         )  # fmt: skip
+        events = CounterMetricFamily("diapause_events", "Events since the home was made")
+        events.add_metric([], self._catalog.journal.last_event())
+        yield events
         queue = GaugeMetricFamily("diapause_pack_queue", "Captures that wait to be packed")
         queue.add_metric([], self._packing())
         yield queue

@@ -273,6 +273,7 @@ def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     elif status == "paused":
         log.warning("sandbox %s stood frozen and nobody owned it: thawed", record.id)
         machine.thaw()
+        host.event("thawed", record.id, cause="it stood frozen and nobody owned it")
     _put_alive(host, record)
     guest = Guest(record.id, host.loop)
     guest.machine = machine

@@ -52,6 +52,7 @@ def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
         except DiapauseError as error:
             log.warning("%s stands and its VMM does not answer: %s", sandbox, error)
         else:
+            host.event("thawed", sandbox, cause="a capture failed and its VMM answered late")
             log.warning("%s was thawed after a capture that failed", sandbox)
             return True
         time.sleep(_BETWEEN_S)
@@ -64,6 +65,7 @@ def go_on_after_stall(host: Host, guest: Guest, reason: str) -> None:
     Nothing is written to say so: what is missing is room. `inspect` asks the guest (`stalled`).
     """
     log.warning("%s stands: its disk can't be written (%s)", guest.sandbox, reason)
+    host.event("stalled", guest.sandbox, reason=reason)
     while not host.closing and host.guests.get(guest.sandbox) is guest:
         time.sleep(STALL_RETRY_S)
         try:

@@ -78,6 +78,7 @@ class Verb:
         code = error.code if isinstance(error, DiapauseError) else type(error).__name__
         outcome = error.code if isinstance(error, DiapauseError) else DiapauseError.code
         self._say(logging.WARNING, outcome, "failed at %s: %s", step, error)
+        self.host.event("verb_failed", self.sandbox, verb=self.name, step=step, code=outcome)
         try:
             self.undo(step, error)
         except Exception:
