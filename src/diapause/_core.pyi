@@ -242,3 +242,30 @@ class CaptureBuffer:
 
         What doesn't fit is written to the new file `spill`, where the capture file wants it.
         """
+
+@final
+class ArchiveSummary:
+    """What a copy moved; `notes` are sentences with escaped names, `more_notes` those not kept."""
+
+    entries: int
+    bytes: int
+    notes: list[str]
+    more_notes: int
+
+def archive_pack(
+    path: str, top: bytes, descriptor: int, progress: Progress | None = None
+) -> ArchiveSummary:
+    """Write what stands at `path` as a stream to an open descriptor, under the name `top`.
+
+    `top` is ``b"."`` for a directory's contents. Progress is in bytes. Raises ``CopyFailed``.
+    """
+
+def archive_unpack(
+    descriptor: int, path: str, name: bytes | None = None, progress: Progress | None = None
+) -> ArchiveSummary:
+    """Read a stream that anybody may have written and put its tree at `path`, as ``cp -a`` does.
+
+    Under `name` where `path` is a directory, or as its contents where there is no name. Nothing
+    stands there until all of it was read. Raises ``ArchiveRefused`` with the entry's name,
+    ``CopyFailed``, ``NotEnoughSpace``.
+    """

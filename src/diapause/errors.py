@@ -240,6 +240,27 @@ class AgentRefused(DiapauseError):
     hint = "`diapause logs {sandbox}` shows the guest's console."
 
 
+class ArchiveRefused(DiapauseError):
+    """The copy was refused at {entry}: {cause}."""
+
+    code, exit_code, status = "archive_refused", 52, 502
+    hint = "Nothing of it was kept. A stream that no honest guest sends is refused whole."
+
+
+class CopyFailed(DiapauseError):
+    """Copying {what} failed: {cause}."""
+
+    code, exit_code, status = "copy_failed", 53, 500
+    hint = "Nothing of it was kept."
+
+
+class AgentTooOld(DiapauseError):
+    """The agent in sandbox {sandbox} does not know {what}: its snapshot is older than that."""
+
+    code, exit_code, status = "agent_too_old", 54, 409
+    hint = "Use `diapause exec` with tar, or run a new sandbox from an image built now."
+
+
 class ExecCut(DiapauseError):
     """The command's stream was cut: {cause}."""
 

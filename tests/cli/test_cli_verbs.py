@@ -253,4 +253,5 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw",
         "completion", "events",
+        "cp",
     }  # fmt: skip

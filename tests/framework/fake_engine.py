@@ -7,6 +7,7 @@ sessions are small programs chosen by the command's first word.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import diapause
 from diapause import model
 from diapause.errors import (
     AmbiguousReference,
@@ -30,6 +32,7 @@ from diapause.model import Event
 from diapause.sandbox.network import check_network
 from diapause.store.home import Home
 
+AGENT = Path(diapause.__file__).with_name("native") / "diapause-agent"
 PATTERN = bytes(range(256)) * 256  # 64 KiB
 CREATED = "2026-01-01T00:00:00Z"
 
@@ -52,8 +55,8 @@ class Ended:
 class FakeSession:
     """A command: output in a queue of eight pieces, so that nothing is ahead of its reader."""
 
-    def __init__(self, request: ExecRequest, abandoned: Path) -> None:
-        self.request = request
+    def __init__(self, request: ExecRequest, abandoned: Path, hostile: Path) -> None:
+        self.request, self._hostile = request, hostile
         self._abandoned = abandoned
         self._input: asyncio.Queue[bytes] = asyncio.Queue(2)
         self._output: asyncio.Queue[Output | Ended | Exception | None] = asyncio.Queue(8)
@@ -147,6 +150,42 @@ class FakeSession:
         env = ",".join(f"{k}={v}" for k, v in sorted(self.request.env.items()))
         await self._say(f"{self.request.cwd} {env} {self.request.argv[1:]}\n".encode())
         await self._end(0)
+
+    async def _do_diapause_agent(self, *words: str) -> None:
+        """The real agent's end of a copy, or what a test says that a guest sends instead."""
+        if self._hostile.exists():
+            stream = self._hostile.read_bytes()
+            for at in range(0, len(stream), len(PATTERN)):
+                await self._say(stream[at : at + len(PATTERN)])
+            report = self._hostile.with_name("report")
+            await self._say(report.read_bytes() if report.exists() else b"{}", 2)
+            return await self._end(0)
+        pipe = asyncio.subprocess.PIPE
+        agent = await asyncio.create_subprocess_exec(
+            str(AGENT), *words, stdin=pipe, stdout=pipe, stderr=pipe
+        )
+        assert agent.stdout is not None
+        assert agent.stderr is not None
+        feeding = asyncio.create_task(self._feed(agent))
+        try:
+            while data := await agent.stdout.read(len(PATTERN)):
+                await self._say(data)
+            await self._say(await agent.stderr.read(), 2)
+            await self._end(await agent.wait())
+        finally:
+            feeding.cancel()
+            if agent.returncode is None:
+                # Abandoned: its input ends, as the agent in a guest does it.
+                assert agent.stdin is not None
+                agent.stdin.close()
+
+    async def _feed(self, agent: asyncio.subprocess.Process) -> None:
+        assert agent.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            while data := await self._input.get():
+                agent.stdin.write(data)
+                await agent.stdin.drain()
+        agent.stdin.close()
 
     async def _do_big(self) -> None:
         await self._say(PATTERN * 5 + b"tail")
@@ -313,7 +352,8 @@ class FakeEngine:
                 sandbox=row.sandbox, state=row.state, verb="exec", needed="running",
                 advice=f"`diapause resume {row.sandbox}` first.",
             )  # fmt: skip
-        return FakeSession(request, self.home.root / "abandoned")
+        root = self.home.root
+        return FakeSession(request, root / "abandoned", root / "hostile")
 
     def _stall(self) -> None:
         """Hold a verb while the file `stall` is there; `stalled` says that it is held."""

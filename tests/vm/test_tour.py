@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _BOUND_S = 400.0
 _VERBS = (
     "image build", "run", "exec", "exec -i", "pause", "ps", "resume", "snapshot save", "fork",
-    "snapshot ls", "snapshot inspect", "inspect", "logs", "rm",
+    "snapshot ls", "snapshot inspect", "inspect", "logs", "cp", "rm",
 )  # fmt: skip
 
 

@@ -5,10 +5,12 @@
 //! over it. Layers, lowest first: `frame` (bytes), `outbox` (numbers, acknowledgements,
 //! retransmission), `message` (payloads), `spawn` and `session` (commands), `system` and
 //! `filesystems` (effects on the guest), `engine` (the loop).
+//! `copy` stands beside them: a command that the program is when it is started for one.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod channel;
+pub mod copy;
 pub mod engine;
 pub mod filesystems;
 pub mod frame;

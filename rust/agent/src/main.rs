@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use diapause_agent::copy;
 use diapause_agent::engine::Engine;
 use diapause_agent::options::{parse, Command, Options, USAGE};
 use diapause_agent::system::seal_inherited_descriptors;
@@ -15,6 +16,7 @@ const PORT_STEP: Duration = Duration::from_millis(20);
 fn main() -> ExitCode {
     let options = match parse(std::env::args().skip(1)) {
         Ok(Command::Serve(options)) => options,
+        Ok(Command::Copy(wanted)) => return copy::run(&wanted),
         Ok(Command::Version) => {
             println!("diapause-agent {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;

@@ -19,6 +19,7 @@ use crate::message::{Exec, ExecFailed};
 use crate::system::open_pidfd;
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const OWN_NAME: &str = "diapause-agent";
 const OPEN_FILES: u64 = 8192;
 const SIGNALS: std::ops::Range<i32> = 1..65;
 
@@ -71,8 +72,9 @@ pub fn spawn(exec: &Exec, limit: FileLimit) -> Result<Child, ExecFailed> {
     };
     let directory = exec.cwd.as_deref().unwrap_or("/");
     check_directory(directory).map_err(|error| failed("directory", &error))?;
-    let mut command = Command::new(program);
+    let mut command = Command::new(found(program));
     command
+        .arg0(program)
         .args(arguments)
         .current_dir(directory)
         .env_clear()
@@ -106,6 +108,15 @@ pub fn spawn(exec: &Exec, limit: FileLimit) -> Result<Child, ExecFailed> {
         let _ = child.wait();
         failed("system", &error)
     })
+}
+
+/// The agent's own name is this very program, wherever an image keeps it: what the host asks of
+/// it is then of this protocol's version.
+fn found(program: &str) -> &str {
+    if program == OWN_NAME {
+        return "/proc/self/exe";
+    }
+    program
 }
 
 fn failed(what: &'static str, error: &io::Error) -> ExecFailed {

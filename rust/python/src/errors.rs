@@ -33,14 +33,14 @@ pub(crate) fn to_python(py: Python<'_>, error: Error) -> PyErr {
     }
 }
 
-fn is_full(cause: &std::io::Error) -> bool {
+pub(crate) fn is_full(cause: &std::io::Error) -> bool {
     matches!(
         cause.kind(),
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
     )
 }
 
-fn no_space(py: Python<'_>, path: &Path, needed_bytes: u64) -> PyErr {
+pub(crate) fn no_space(py: Python<'_>, path: &Path, needed_bytes: u64) -> PyErr {
     let directory = path
         .parent()
         .unwrap_or(Path::new("."))
@@ -64,7 +64,7 @@ fn available(py: Python<'_>, directory: &str) -> PyResult<u64> {
     usage.getattr("free")?.extract()
 }
 
-fn named(py: Python<'_>, class: &str, texts: &[(&str, &str)]) -> PyErr {
+pub(crate) fn named(py: Python<'_>, class: &str, texts: &[(&str, &str)]) -> PyErr {
     let raised = || -> PyResult<PyErr> {
         let fields = PyDict::new(py);
         for (name, text) in texts {

@@ -3,6 +3,7 @@
 //! Bytes never pass through the interpreter one page at a time; the GIL is released around all I/O.
 #![deny(unsafe_code)]
 
+mod archive;
 mod capture_file;
 mod errors;
 mod freeze;
@@ -18,6 +19,7 @@ use pyo3::prelude::*;
 fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("PAGE_SIZE", 4096)?;
     module.add("FRAME_PAGES", 16)?;
+    archive::register(module)?;
     capture_file::register(module)?;
     freeze::register(module)?;
     header::register(module)?;

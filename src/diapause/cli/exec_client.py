@@ -46,16 +46,23 @@ _WATCHED = select.POLLIN | select.POLLHUP | select.POLLERR
 class ExecClient:
     """One command, from its request to its exit code."""
 
-    def __init__(self, client: Client, sandbox: str, request: ExecRequest) -> None:
+    def __init__(
+        self,
+        client: Client,
+        sandbox: str,
+        request: ExecRequest,
+        streams: tuple[int, int, int] = (0, 1, 2),
+    ) -> None:
         self._request = request
+        self._stdin, stdout, stderr = streams
         self._uri = parse_uri(f"ws://diapause/v1/sandboxes/{segment(sandbox)}/exec")
         self._outgoing = bytearray()
         self._credit = STDIN_WINDOW_BYTES
         self._stdin_open = request.stdin
         self._wakeups = Wakeups()
         self._writers = {
-            STDOUT: StreamWriter(1, self._wakeups.wake),
-            STDERR: StreamWriter(2, self._wakeups.wake),
+            STDOUT: StreamWriter(stdout, self._wakeups.wake),
+            STDERR: StreamWriter(stderr, self._wakeups.wake),
         }
         self._exit: int | None = None
         self._socket = client.begin(self._shake_hands)
@@ -116,7 +123,7 @@ class ExecClient:
         self._look_at_writers()
         if ready.get(self._socket.fileno(), 0) & _WATCHED:
             self._receive()
-        if 0 in ready and self._is_open:
+        if self._stdin in ready and self._is_open:
             self._read_stdin()
         self._send()
 
@@ -130,7 +137,7 @@ class ExecClient:
         if interest:
             poll.register(self._socket.fileno(), interest)
         if self._stdin_open and self._credit > 0 and not self._outgoing:
-            poll.register(0, select.POLLIN)
+            poll.register(self._stdin, select.POLLIN)
         # Nothing to time out on: a command may be silent for as long as it likes, and whatever
         # ends the stream (the daemon's death too) is an event.
         return poll.poll()
@@ -184,7 +191,7 @@ class ExecClient:
     def _read_stdin(self) -> None:
         want = min(limits.EXEC_MESSAGE_BYTES_MAX, self._credit)
         try:
-            data = os.read(0, want)
+            data = os.read(self._stdin, want)
         except BlockingIOError:
             return
         except OSError as error:

@@ -34,6 +34,7 @@ _VERBS = {
         "thaw": "freeze",
         "completion": "completion",
         "events": "events",
+        "cp": "cp",
     }.items()
 }  # fmt: skip
 _VERBS["exec"] = "diapause.cli.exec:exec_"
