@@ -20,7 +20,7 @@ from diapause.migrations import forget_copies, migrate
 from diapause.model import PortForward
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = [
@@ -124,6 +124,8 @@ class SnapshotRecord(msgspec.Struct, kw_only=True):
     devices: list[DeviceRecord]
     error: dict[str, Any] | None = None
     net: str = "none"
+    # When somebody removed it: nobody sees it any more, and gc takes it when nothing stands on it.
+    removed_at: str | msgspec.UnsetType = msgspec.UNSET
 
 
 # Made once: two threads that first decode one type at the same time have crashed msgspec.
@@ -181,18 +183,7 @@ class Catalog:
         Raises NameInUse where another snapshot has its name.
         """
         with _names(record.name), self.database.transaction(durable=durable) as db:
-            before = _state(db, "snapshots", record.id)
-            db.execute(
-                "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                "name = excluded.name, state = excluded.state, record = excluded.record",
-                (
-                    record.id, record.name, record.sandbox, record.parent, record.state,
-                    record.created_at, _ENCODER.encode(record),
-                ),
-            )  # fmt: skip
-            paused = sandbox is not None and sandbox.state == "pausing"
-            if told := events.of_snapshot(before, record, paused=paused):
-                note_event(db, told[0], record.sandbox, record.id, None, told[1])
+            _put_snapshot(db, record, paused=sandbox is not None and sandbox.state == "pausing")
             if sandbox is not None:
                 _put_sandbox(db, sandbox)
 
@@ -201,12 +192,36 @@ class Catalog:
         found = self._one("SELECT record FROM snapshots WHERE id = ?", snapshot_id)
         return None if found is None else _SNAPSHOT.decode(found)
 
-    def snapshots(self) -> list[SnapshotRecord]:
-        """Every snapshot, oldest first."""
+    def snapshots(self, *, removed: bool = False) -> list[SnapshotRecord]:
+        """Every snapshot, oldest first; with `removed` also those that wait for gc."""
         rows = self.database.connection().execute(
             "SELECT record FROM snapshots ORDER BY created_at, id"
         )
-        return [_SNAPSHOT.decode(row[0]) for row in rows]
+        found = (_SNAPSHOT.decode(row[0]) for row in rows)
+        return [record for record in found if removed or record.removed_at is msgspec.UNSET]
+
+    def everything(self) -> tuple[list[SandboxRecord], list[SnapshotRecord]]:
+        """All sandboxes, and all snapshots with removed ones, as they were at one instant."""
+        db = self.database.connection()
+        db.execute("BEGIN")
+        try:
+            return self.sandboxes(), self.snapshots(removed=True)
+        finally:
+            db.execute("COMMIT")
+
+    def change_snapshot(
+        self, snapshot: str, change: Callable[[SnapshotRecord], SnapshotRecord], *, durable: bool
+    ) -> None:
+        """Replace a snapshot by what `change` makes of it as it is now; none where it is gone."""
+        with self.database.transaction(durable=durable) as db:
+            if (found := self.snapshot(snapshot)) is None:
+                return
+            _put_snapshot(db, change(found))
+
+    def forget_snapshots(self, snapshots: list[str]) -> None:
+        """Delete rows of removed snapshots, durably: before their files go."""
+        with self.database.transaction(durable=True) as db:
+            db.executemany("DELETE FROM snapshots WHERE id = ?", [(one,) for one in snapshots])
 
     def _one(self, query: str, *arguments: str) -> bytes | None:
         row = self.database.connection().execute(query, arguments).fetchone()
@@ -259,3 +274,17 @@ def _put_sandbox(db: sqlite3.Connection, record: SandboxRecord) -> None:
     )
     if told := events.of_sandbox(before, record):
         note_event(db, told[0], record.id, record.snapshot, None, told[1])
+
+
+def _put_snapshot(db: sqlite3.Connection, record: SnapshotRecord, *, paused: bool = False) -> None:
+    before = _state(db, "snapshots", record.id)
+    db.execute(
+        "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+        "name = excluded.name, state = excluded.state, record = excluded.record",
+        (
+            record.id, record.name, record.sandbox, record.parent, record.state,
+            record.created_at, _ENCODER.encode(record),
+        ),
+    )  # fmt: skip
+    if told := events.of_snapshot(before, record, paused=paused):
+        note_event(db, told[0], record.sandbox, record.id, None, told[1])

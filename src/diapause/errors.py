@@ -135,6 +135,20 @@ class PortUnavailable(DiapauseError):
     hint = "Free it and try again, or fork the sandbox or its snapshot: a fork has no forwards."
 
 
+class InUse(DiapauseError):
+    """{what} is needed by {users}."""
+
+    code, exit_code, status = "in_use", 18, 409
+    hint = "{advice}"
+
+
+class HomeBusy(DiapauseError):
+    """Waited {waited_s:.0f} s for {verb} to let go of the home's shared files."""
+
+    code, exit_code, status = "home_busy", 19, 409
+    hint = "Try again when it is done."
+
+
 class NotEnoughMemory(DiapauseError):
     """{what} needs {needed_bytes} bytes of memory; the host has {available_bytes} available."""
 

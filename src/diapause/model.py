@@ -159,6 +159,39 @@ class RemoveAnswer(Answer):
     already: list[str]
 
 
+class RemoveSnapshotAnswer(Answer):
+    """Snapshots that were removed; their files stay until gc."""
+
+    removed: list[str]
+    already: list[str]
+    notes: list[str] = []
+
+
+class GcRequest(Strict):
+    """Delete what nothing refers to, or with `dry_run` only plan it."""
+
+    dry_run: bool = False
+
+
+class GcItem(Answer):
+    """One thing that goes; `bytes` as allocated on the disk."""
+
+    kind: Literal["snapshot", "build", "flat", "capture", "template"]
+    name: str
+    bytes: int
+
+
+class GcAnswer(Answer):
+    """What a gc deleted, or would delete; `snapshots` are removed ones that are forgotten now."""
+
+    dry_run: bool
+    freed_bytes: int
+    snapshots: list[str]
+    items: list[GcItem]
+    notes: list[str] = []
+    phases_ms: dict[str, float] = {}
+
+
 class SandboxRow(Answer):
     """A line of `ps`."""
 

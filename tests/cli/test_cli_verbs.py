@@ -254,4 +254,5 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "freeze", "thaw",
         "completion", "events",
         "cp",
+        "snapshot rm", "gc",
     }  # fmt: skip

@@ -76,6 +76,22 @@ class Tap:
         """The daemon's write at this place fails."""
         self._set(place, _FAIL)
 
+    @contextlib.contextmanager
+    def packing_fails(self) -> Iterator[None]:
+        """Nothing is packed while the block runs."""
+        was = "(SELECT state FROM snapshots WHERE id = NEW.id)"
+        condition = f"NEW.state = 'packed' AND {was} = 'captured'"
+        self.fail(Place("packing", "snapshots", condition))
+        try:
+            yield
+        finally:
+            self.clear()
+
+    def write(self, statement: str) -> None:
+        """Change rows behind the daemon's back."""
+        with self._open() as db:
+            db.execute(statement)
+
     def _set(self, place: Place, action: str) -> None:
         self.clear()
         with self._open() as db:

@@ -21,6 +21,7 @@ from diapause.errors import (
     AmbiguousReference,
     ExecCut,
     HomeNewer,
+    InUse,
     NameInUse,
     NotSupportedYet,
     SandboxNotFound,
@@ -322,6 +323,20 @@ class FakeEngine:
             return self._snapshots[reference]
         except KeyError:
             raise SnapshotNotFound(reference=reference, candidates=list(self._snapshots)) from None
+
+    def remove_snapshot(self, reference: str) -> model.RemoveSnapshotAnswer:
+        found = self.inspect_snapshot(reference)
+        if any(row.snapshot == found.id and row.state == "paused" for row in self._rows.values()):
+            raise InUse(what=f"Snapshot {found.id}", users="a paused sandbox", advice="Resume it.")
+        del self._snapshots[found.id]
+        return model.RemoveSnapshotAnswer(removed=[found.id], already=[], notes=["until gc"])
+
+    def gc(self, request: model.GcRequest) -> model.GcAnswer:
+        item = model.GcItem(kind="build", name="b1", bytes=4096)
+        return model.GcAnswer(
+            dry_run=request.dry_run, freed_bytes=4096, snapshots=["5a"], items=[item],
+            phases_ms={"total": 1.0},
+        )  # fmt: skip
 
     def console_log(self, reference: str) -> Path:
         directory = self.home.sandbox(self._find(reference).sandbox)

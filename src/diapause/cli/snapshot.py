@@ -1,4 +1,4 @@
-"""`diapause snapshot`: save, list and inspect snapshots."""
+"""`diapause snapshot`: save, list, inspect and remove snapshots."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from diapause.cli.capture_options import capture_options
 from diapause.cli.context import Context, json_option, pass_context
 from diapause.cli.figures import capture_line
 from diapause.cli.output import data, json_document, pretty, say, table
+from diapause.cli.removal import remove_each
 from diapause.model import CaptureRequest, Durability
 from diapause.units import format_size
 
@@ -19,6 +20,11 @@ Examples:
 _LS_EXAMPLES = """\b
 Examples:
   diapause snapshot ls"""
+
+_RM_EXAMPLES = """\b
+Examples:
+  diapause snapshot rm before-upgrade
+  diapause snapshot rm $(diapause snapshot ls --json | jq -r '.[].id') && diapause gc"""
 
 _INSPECT_EXAMPLES = """\b
 Examples:
@@ -85,3 +91,23 @@ def inspect_snapshot(context: Context, snapshot: str) -> None:
     """Show all that is known of a snapshot, as JSON."""
     answer = context.client().inspect_snapshot(snapshot)
     (json_document if context.json else pretty)(answer)
+
+
+@snapshot.command("rm", epilog=_RM_EXAMPLES)
+@click.argument("snapshots", nargs=-1, required=True)
+@json_option
+@pass_context
+def remove_snapshots(context: Context, snapshots: tuple[str, ...]) -> int:
+    """Remove snapshots; `diapause gc` frees their space. One that fails does not keep the others.
+
+    Refused for a snapshot that a paused sandbox is to be resumed from.
+    """
+    client = context.client()
+
+    def remove(reference: str) -> tuple[list[str], list[str]]:
+        answer = client.remove_snapshot(reference)
+        for note in answer.notes:
+            say(note)
+        return answer.removed, answer.already
+
+    return remove_each(context, snapshots, remove)

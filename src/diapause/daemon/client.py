@@ -139,6 +139,15 @@ class Client:
         """One snapshot."""
         return self._call("GET", f"/v1/snapshots/{segment(reference)}", model.SnapshotDetail)
 
+    def remove_snapshot(self, reference: str) -> model.RemoveSnapshotAnswer:
+        """Remove a snapshot; its files stay until gc."""
+        path = f"/v1/snapshots/{segment(reference)}"
+        return self._call("DELETE", path, model.RemoveSnapshotAnswer)
+
+    def gc(self, request: model.GcRequest) -> model.GcAnswer:
+        """Delete what nothing refers to."""
+        return self._call("POST", "/v1/gc", model.GcAnswer, request)
+
     def logs(
         self, reference: str, follow: bool = False, tail: int | None = None
     ) -> Iterator[bytes]:

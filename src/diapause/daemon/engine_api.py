@@ -20,9 +20,12 @@ from diapause.model import (
     ForkAnswer,
     ForkRequest,
     FreezeAnswer,
+    GcAnswer,
+    GcRequest,
     ImageBuildRequest,
     ImageInfo,
     RemoveAnswer,
+    RemoveSnapshotAnswer,
     ResumeAnswer,
     ResumeRequest,
     RunAnswer,
@@ -109,6 +112,12 @@ class Engine(Protocol):
 
     def inspect_snapshot(self, reference: str) -> SnapshotDetail:
         """One snapshot."""
+
+    def remove_snapshot(self, reference: str) -> RemoveSnapshotAnswer:
+        """Remove a snapshot; its files stay until gc."""
+
+    def gc(self, request: GcRequest) -> GcAnswer:
+        """Delete what nothing refers to."""
 
     def console_log(self, reference: str) -> Path:
         """The file that the guest's console is written to."""

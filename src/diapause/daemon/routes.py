@@ -166,5 +166,13 @@ ROUTES: tuple[Route, ...] = (
         numbers={"after": "only those with a higher `sequence`"},
     ),
     Route("GET", "/metrics", "metrics", "Counters and figures, for Prometheus", stream="metrics"),
+    Route(
+        "DELETE", "/v1/snapshots/{ref}", "removeSnapshot", "Remove a snapshot; gc takes its files",
+        model.RemoveSnapshotAnswer, handler=lambda engine, call: engine.remove_snapshot(call.ref),
+    ),
+    Route(
+        "POST", "/v1/gc", "gc", "Delete what nothing refers to", model.GcAnswer, model.GcRequest,
+        lambda engine, call: engine.gc(call.body), body_needed=False,
+    ),
     Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from diapause.sandbox.refer import find_sandbox
 from diapause.sandbox.states import require
 
 if TYPE_CHECKING:
-    from diapause.catalog import SandboxRecord
+    from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.model import CaptureAnswer, CaptureRequest
 
 
@@ -87,7 +87,9 @@ class Captures(Part):
         return self.host.behind(f"pack {snapshot}", work)
 
     def _note_failure(self, snapshot: str, error: DiapauseError) -> None:
-        record = self.catalog.snapshot(snapshot)
-        if record is not None and record.state == "captured":
-            record.error = error.to_dict()
-            self.catalog.put_snapshot(record, durable=True)
+        def note(now: SnapshotRecord) -> SnapshotRecord:
+            if now.state == "captured":
+                now.error = error.to_dict()
+            return now
+
+        self.catalog.change_snapshot(snapshot, note, durable=True)

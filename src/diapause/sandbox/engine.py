@@ -24,6 +24,7 @@ from diapause.sandbox.refer import find_sandbox, find_snapshot
 from diapause.sandbox.runs import Runs
 from diapause.sandbox.starts import Starts
 from diapause.sandbox.states import require
+from diapause.sandbox.upkeep.upkeep import Upkeep
 
 if TYPE_CHECKING:
     import asyncio
@@ -38,9 +39,12 @@ if TYPE_CHECKING:
         ForkAnswer,
         ForkRequest,
         FreezeAnswer,
+        GcAnswer,
+        GcRequest,
         ImageBuildRequest,
         ImageInfo,
         RemoveAnswer,
+        RemoveSnapshotAnswer,
         ResumeAnswer,
         ResumeRequest,
         RunAnswer,
@@ -61,6 +65,7 @@ class Engine:
         self._runs, self._captures = Runs(host), Captures(host)
         self._starts = Starts(host, self._captures)
         self._freezes = Freezes(host)
+        self._upkeep = Upkeep(host)
 
     @property
     def host(self) -> Host:
@@ -73,9 +78,10 @@ class Engine:
         host = Host(home.create(), loop)
         recover(host)
         host.catalog.worked()
+        host.reserve.make()
         engine = cls(host)
         host.event("daemon_started", version=__version__, pid=os.getpid())
-        for snapshot in host.catalog.snapshots():
+        for snapshot in host.catalog.snapshots(removed=True):
             if snapshot.state == "captured":
                 engine._captures.pack_behind(snapshot.id)
         return engine
@@ -165,6 +171,16 @@ class Engine:
     def fork(self, request: ForkRequest) -> ForkAnswer:
         """New running sandboxes from a snapshot; a running source is saved first and goes on."""
         return self._starts.fork(request)
+
+    # -- upkeep ----------------------------------------------------------------------------------
+
+    def remove_snapshot(self, reference: str) -> RemoveSnapshotAnswer:
+        """Remove a snapshot; its files stay until gc."""
+        return self._upkeep.remove_snapshot(reference)
+
+    def gc(self, request: GcRequest) -> GcAnswer:
+        """Delete what nothing refers to."""
+        return self._upkeep.gc(request)
 
     # -- exec ------------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ from diapause.sandbox.rescue import go_on_after_stall
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
+from diapause.store.gate import Gate
+from diapause.store.reserve import Reserve
 from diapause.store.templates import Templates
 
 if TYPE_CHECKING:
@@ -53,9 +55,16 @@ class Host:
     def __init__(self, home: Home, loop: asyncio.AbstractEventLoop) -> None:
         self.home, self.loop = home, loop
         self.catalog = Catalog(home.catalog)
-        self.templates, self.leases, self.locks = Templates(home), Leases(), SandboxLocks()
-        self.flats = FlatStore(home, self.catalog, self.templates, self.leases)
-        self.packer = Packer(home, self.catalog, self.templates, self.leases, self.flats)
+        self.gate, self.reserve = Gate(), Reserve(home)
+        self.templates, self.leases, self.locks = (
+            Templates(home, self.gate),
+            Leases(),
+            SandboxLocks(),
+        )
+        self.flats = FlatStore(home, self.catalog, self.templates, self.leases, self.gate)
+        self.packer = Packer(
+            home, self.catalog, self.templates, self.leases, self.flats, self.gate
+        )  # fmt: skip
         self.driver = QemuDriver(home, tracker_path())
         self.guests: dict[str, Guest] = {}
         self.parked: dict[str, Link] = {}  # links of paused sandboxes: their sessions wait

@@ -49,7 +49,8 @@ class Part:
         """What a sandbox was last captured to or started from."""
         if record.snapshot is None:
             raise wrong_state(record, "fork", "running, or to have a snapshot")
-        return self.snapshot(record.snapshot)
+        # It may have been removed: then it stays for this sandbox, and for nobody else.
+        return self.catalog.snapshot(record.snapshot) or self.snapshot(record.snapshot)
 
     def new_record(
         self, name: str | None, image: str, memory_bytes: int, cpus: int

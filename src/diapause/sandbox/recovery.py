@@ -105,7 +105,7 @@ def is_unsettled(host: Host, record: SandboxRecord) -> bool:
 def _fail_lost_captures(host: Host) -> None:
     """A capture that was never synced is not served after the host went down, nor one whose
     buffer somebody removed."""
-    for record in host.catalog.snapshots():
+    for record in host.catalog.snapshots(removed=True):
         if record.state != "captured" or record.durability != "process":
             continue
         of_another_boot = record.boot_id != boot_id()

@@ -73,4 +73,5 @@ class Runs(Part):
                 return
             if not force and record.state in _ALIVE:
                 raise wrong_state(record, "rm", "paused, stopped or failed; or use `rm -f`")
-            Remove(self.host, record).execute()
+            with self.host.reserve.room():
+                Remove(self.host, record).execute()

@@ -51,7 +51,7 @@ def end_strays(host: Host) -> None:
 def sweep(host: Host) -> None:
     """Remove half-written files, captures without a row, and buffers of what is gone."""
     home = host.home
-    captured = {row.id for row in host.catalog.snapshots() if row.state == "captured"}
+    captured = {row.id for row in host.catalog.snapshots(removed=True) if row.state == "captured"}
     running = {row.id for row in host.catalog.sandboxes() if row.process is not None}
     known = {row.id for row in host.catalog.sandboxes()}
     for path in home.tmp.iterdir():

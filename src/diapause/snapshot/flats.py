@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from diapause import _core
-from diapause.errors import BlobDamaged, BlobMissing
+from diapause.errors import BlobDamaged, BlobMissing, SnapshotNotFound
 from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX
 from diapause.snapshot.headers import Headers, damage_by_place
 from diapause.snapshot.manifest import manifest_bytes
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from diapause.catalog import Catalog, SnapshotRecord
     from diapause.snapshot.leases import Leases
+    from diapause.store.gate import Gate
     from diapause.store.home import Home
     from diapause.store.templates import Templates
 
@@ -76,8 +77,10 @@ class Flat:
 class FlatStore:
     """The flat files of one home."""
 
-    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
-        self._home, self._catalog = home, catalog
+    def __init__(
+        self, home: Home, catalog: Catalog, templates: Templates, leases: Leases, gate: Gate
+    ) -> None:
+        self._home, self._catalog, self._gate = home, catalog, gate
         self._templates, self._leases = templates, leases
         self._lock = threading.Lock()
         self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -86,7 +89,9 @@ class FlatStore:
         """The flat files of a snapshot, made now where they are missing; verified either way."""
         with self._lock:
             making = self._making[record.id]
-        with making, damage_by_place(self._catalog):
+        with self._gate.publishing(), making, damage_by_place(self._catalog):
+            if self._catalog.snapshot(record.id) is None:  # only now: gc may have been here
+                raise SnapshotNotFound(reference=record.id, candidates="others")
             self._verify_small(record)
             if (found := self._usable(record)) is not None:
                 return found

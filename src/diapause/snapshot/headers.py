@@ -42,7 +42,7 @@ def damage_by_place(catalog: Catalog) -> Iterator[None]:
     try:
         yield
     except BlobDamaged as error:
-        for record in catalog.snapshots():
+        for record in catalog.snapshots(removed=True):
             for device in record.devices:
                 if device.header_digest and device.header_digest == error.fields.get("blob"):
                     blob = f"snapshots/{record.id}/{device.name}.header"

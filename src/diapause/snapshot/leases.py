@@ -43,6 +43,11 @@ class Leases:
         if remove is not None:
             remove()
 
+    def held(self) -> frozenset[str]:
+        """What somebody reads now."""
+        with self._lock:
+            return frozenset(self._held)
+
     def retire(self, name: str, remove: Callable[[], None]) -> None:
         """Call `remove` now, or when the last lease of `name` ends."""
         with self._lock:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from diapause import _core
+from diapause.errors import SnapshotNotFound
 from diapause.snapshot.capture import CaptureFiles
 from diapause.snapshot.headers import Headers
 from diapause.snapshot.manifest import manifest_bytes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from diapause.catalog import Catalog, DeviceRecord, SnapshotRecord
     from diapause.snapshot.flats import FlatStore
     from diapause.snapshot.leases import Leases
+    from diapause.store.gate import Gate
     from diapause.store.home import Home
     from diapause.store.templates import Templates
 
@@ -35,19 +37,30 @@ class Packer:
     """Packs captures of one home, one at a time: whoever calls it serialises."""
 
     def __init__(
-        self, home: Home, catalog: Catalog, templates: Templates, leases: Leases, flats: FlatStore
+        self,
+        home: Home,
+        catalog: Catalog,
+        templates: Templates,
+        leases: Leases,
+        flats: FlatStore,
+        gate: Gate,
     ) -> None:
-        self._home, self._catalog, self._flats = home, catalog, flats
+        self._home, self._catalog, self._flats, self._gate = home, catalog, flats, gate
         self._templates, self._leases = templates, leases
 
     def pack(self, snapshot_id: str) -> SnapshotRecord:
         """Pack a snapshot, and its ancestors before it; one that is packed stays as it is."""
+        with self._gate.publishing():
+            return self._pack_chain(snapshot_id)
+
+    def _pack_chain(self, snapshot_id: str) -> SnapshotRecord:
         record = self._catalog.snapshot(snapshot_id)
-        assert record is not None, snapshot_id
+        if record is None:  # it was removed while it waited for its turn
+            raise SnapshotNotFound(reference=snapshot_id, candidates="others")
         if record.state != "captured":
             return record
         if record.parent is not None:
-            self.pack(record.parent)
+            self._pack_chain(record.parent)
         with storage_errors(f"snapshot {snapshot_id}", self._home.root):
             packed = self._pack(record)
         self._leases.retire(snapshot_id, lambda: self._remove_capture(snapshot_id))
@@ -80,7 +93,11 @@ class Packer:
         remove_tree(place)  # of a pack that was killed before its row
         fresh.rename(place)
         fsync_path(place.parent)
-        self._catalog.put_snapshot(packed, durable=True)
+
+        def publish(now: SnapshotRecord) -> SnapshotRecord:  # it may have been removed meanwhile
+            return msgspec.structs.replace(packed, name=now.name, removed_at=now.removed_at)
+
+        self._catalog.change_snapshot(packed.id, publish, durable=True)
 
     def _device(
         self, headers: Headers, record: SnapshotRecord, device: DeviceRecord, fresh: Path

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import shutil
 import sqlite3
+import stat
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause import database
@@ -14,7 +18,6 @@ from diapause.errors import BlobDamaged, BlobMissing, NotEnoughSpace, StorageFai
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @contextmanager
@@ -106,6 +109,76 @@ def read_file(path: Path, blob: str, bytes_max: int) -> bytes:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory of ours and what is in it; what is gone stays gone."""
-    if path.exists():
-        shutil.rmtree(path)
+    """Remove a directory of ours and what is in it, or a file; what is gone stays gone.
+
+    It follows no link and enters no mount, also where a directory is exchanged meanwhile: raises
+    StorageFailed where one is in the way, with the names beside it removed or not.
+    """
+    try:
+        is_directory = stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_directory:
+        path.unlink(missing_ok=True)
+        return
+    mounts = _mounts()
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _remove_directory(parent, path.name, path.parent.resolve() / path.name, mounts)
+    finally:
+        os.close(parent)
+
+
+def _remove_directory(parent: int, name: str, path: Path, mounts: frozenset[str]) -> None:
+    if str(path) in mounts:
+        raise StorageFailed(what=str(path), cause="a file system is mounted there; unmount it")
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=parent)
+    try:
+        if not os.fstat(fd).st_mode & stat.S_IWUSR:
+            os.fchmod(fd, 0o700)  # what is read-only once built
+        with os.scandir(fd) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for inner, is_directory in found:
+            with contextlib.suppress(FileNotFoundError):
+                if is_directory:
+                    _remove_directory(fd, inner, path / inner, mounts)
+                else:
+                    os.unlink(inner, dir_fd=fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _mounts() -> frozenset[str]:
+    """Where something is mounted, as this process sees it; a mount of the same file system too."""
+    with Path("/proc/self/mountinfo").open() as info:
+        fields = [line.split(" ", 5)[4] for line in info]
+    return frozenset(
+        re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field) for field in fields
+    )
+
+
+def allocated_bytes(path: Path, seen: set[int] | None = None) -> int:
+    """What a file or a directory takes on the disk; inodes of `seen` count once. Links are not
+    followed, and what goes meanwhile counts nothing."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISDIR(found.st_mode):
+        inner = sum(allocated_bytes(path / name, seen) for name in _names_in(path))
+        return inner + found.st_blocks * 512
+    if seen is not None and found.st_nlink > 1:
+        if found.st_ino in seen:
+            return 0
+        seen.add(found.st_ino)
+    return found.st_blocks * 512
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.iterdir()]
+    except FileNotFoundError:
+        return []

@@ -2,6 +2,7 @@
 
 HOME/                     0700
   catalog.sqlite3         rows and the journal
+  reserve                 a few MiB for verbs that free space on a full disk
   serve.lock serve.log    one daemon a home; the lock is its flock
   images/NAME/            manifest.json kernel initrd, read-only once built
   builds/ID               packed pages, named by their digest
@@ -68,6 +69,10 @@ class Home:
     @property
     def catalog(self) -> Path:
         return self.root / "catalog.sqlite3"
+
+    @property
+    def reserve(self) -> Path:
+        return self.root / "reserve"
 
     @property
     def serve_lock(self) -> Path:

@@ -22,6 +22,7 @@ from diapause import _core
 from diapause.errors import StorageFailed
 from diapause.limits import MANIFEST_BYTES_MAX, SUBPROCESS_S
 from diapause.store.files import fsync_path, read_file, remove_tree, storage_errors, write_file
+from diapause.store.gate import Gate
 from diapause.units import pages
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class _Template(msgspec.Struct):
 class Templates:
     """The templates of one home."""
 
-    def __init__(self, home: Home) -> None:
-        self._home, self._lock = home, threading.Lock()
+    def __init__(self, home: Home, gate: Gate | None = None) -> None:
+        self._home, self._lock, self._gate = home, threading.Lock(), gate or Gate()
 
     def memory(self, size_bytes: int) -> DeviceRoot:
         """All-zero memory of this size."""
@@ -62,7 +63,8 @@ class Templates:
         self, key: str, name: str, size_bytes: int, make: Callable[[Path, int], str]
     ) -> DeviceRoot:
         place = self._home.templates / key
-        with self._lock, storage_errors(f"template {key}", self._home.templates):
+        failures = storage_errors(f"template {key}", self._home.templates)
+        with self._gate.publishing(), self._lock, failures:
             if not place.exists():
                 self._build(place, size_bytes, make)
         data = read_file(place / "template.json", f"templates/{key}", MANIFEST_BYTES_MAX)
@@ -102,10 +104,10 @@ class Templates:
     def overlay(self, size_bytes: int, place: Path) -> None:
         """Put a new, empty overlay of this size at `place`."""
         template = self._home.templates / f"overlay-{size_bytes}"
-        with self._lock:
-            if not template.exists():
-                self._make_overlay(template, size_bytes)
-        with storage_errors(f"overlay {place.name}", place.parent):
+        with self._gate.publishing(), storage_errors(f"overlay {place.name}", place.parent):
+            with self._lock:
+                if not template.exists():
+                    self._make_overlay(template, size_bytes)
             data = template.read_bytes()  # about 200 KiB: metadata of an empty image
             write_file(place, data, sync=False, mode=0o600)
 
