@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # The client side of the daemon: what the command line may know of it. `serve` is the daemon.
 CLI_MAY_IMPORT = {
     "_core", "daemon.client", "daemon.exec_wire", "daemon.start", "store.home",
+    "daemon.reset", "daemon.support",
     "errors", "limits", "model", "units", "__version__",
 }  # fmt: skip
 SERVE = {"cli.serve"}

@@ -296,6 +296,13 @@ class HomeNewer(DiapauseError):
     hint = "Use a newer Diapause with it."
 
 
+class HomeRefused(DiapauseError):
+    """{home} is not reset: {cause}."""
+
+    code, exit_code, status = "home_refused", 62, 409
+    hint = "Nothing was removed. Another home is named with --home."
+
+
 def all_errors() -> list[type[DiapauseError]]:
     """Every error class, the base first; the table in the docs is made from it."""
     found: list[type[DiapauseError]] = [DiapauseError]

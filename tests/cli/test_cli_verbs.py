@@ -255,4 +255,5 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "completion", "events",
         "cp",
         "snapshot rm", "gc",
+        "support-bundle", "system reset",
     }  # fmt: skip

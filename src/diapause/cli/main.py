@@ -35,8 +35,10 @@ _VERBS = {
         "completion": "completion",
         "events": "events",
         "cp": "cp",
+        "system": "system",
     }.items()
 }  # fmt: skip
+_VERBS["support-bundle"] = "diapause.cli.support_bundle:support_bundle"
 _VERBS["exec"] = "diapause.cli.exec:exec_"
 
 _EXAMPLES = """\b
