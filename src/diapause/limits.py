@@ -45,7 +45,11 @@ LOG_TEXT_LENGTH_MAX = 8192  # of a message or a traceback, in characters
 CAPTURE_BUFFER_BYTES_MAX = 256 * MIB  # of tmpfs, for one capture; more spills or is read in place
 CAPTURE_BUFFER_BYTES_MIN = 8 * MIB
 
+# What a guest may write on its console before the log begins anew; one older one is kept.
+CONSOLE_LOG_BYTES_MAX = 16 * MIB
+
 # Waits, in seconds.
+CONSOLE_LOOK_S = 0.5
 DAEMON_START_S = 20.0
 QMP_CALL_S = 20.0
 QMP_CONNECT_S = 20.0

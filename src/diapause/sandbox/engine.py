@@ -17,6 +17,7 @@ from diapause.guest.build import build_image
 from diapause.limits import AGENT_READY_S
 from diapause.sandbox import doctor, views
 from diapause.sandbox.captures import Captures
+from diapause.sandbox.consoles import Rotation
 from diapause.sandbox.freezes import Freezes
 from diapause.sandbox.host import Host
 from diapause.sandbox.recovery import recover
@@ -66,6 +67,7 @@ class Engine:
         self._starts = Starts(host, self._captures)
         self._freezes = Freezes(host)
         self._upkeep = Upkeep(host)
+        self._rotation = Rotation(host)
 
     @property
     def host(self) -> Host:
@@ -88,6 +90,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of everything; guests go on."""
+        self._rotation.close()
         self._host.close()
 
     # -- what there is ---------------------------------------------------------------------------
