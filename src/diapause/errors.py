@@ -233,6 +233,13 @@ class SnapshotLost(DiapauseError):
     hint = "An older one may be whole: `diapause snapshot ls`."
 
 
+class GuestLost(DiapauseError):
+    """Sandbox {sandbox} is failed: {cause}. What it did since {since} is lost."""
+
+    code, exit_code, status = "guest_lost", 44, 409
+    hint = "{advice}"
+
+
 class ImageBuildFailed(DiapauseError):
     """Building image {image} failed at {step}: {cause}."""
 

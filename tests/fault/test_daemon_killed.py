@@ -1,4 +1,6 @@
-"""The daemon killed: at each step of a capture, at random moments, beside running guests.
+"""The daemon killed: inside a commit, at a verb's end, at random moments, beside running guests.
+
+Every step of every verb is in `test_kills_of_*.py`.
 
 Whatever the moment, the guest or its snapshot is whole afterwards, nothing runs that no row names,
 and the next save of that guest is exact: files that were rewritten just before are the same in a
@@ -15,9 +17,7 @@ from functools import partial
 import pytest
 
 from diapause.errors import DaemonUnreachable
-from diapause.sandbox.pause import Pause, Save
-from diapause.sandbox.resume import Resume
-from tests.framework.catalog_tap import Place, at_end, at_snapshot, before_step
+from tests.framework.catalog_tap import Place, at_end, at_snapshot
 from tests.framework.fake_home import eventually
 from tests.framework.kills import kill_at
 from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox
@@ -27,11 +27,9 @@ pytestmark = pytest.mark.vm
 SEED = int(os.environ.get("DIAPAUSE_SEED") or random.SystemRandom().randrange(1 << 32))
 LONGEST_S = 0.25
 
-SAVE_PLACES = [*(before_step("save", step) for step in Save.steps), at_snapshot(), at_end("save")]
-PAUSE_PLACES = [
-    *(before_step("pause", step) for step in Pause.steps), at_snapshot(), at_end("pause"),
-]  # fmt: skip
-RESUME_PLACES = [*(before_step("resume", step) for step in Resume.steps), at_end("resume")]
+SAVE_PLACES = [at_snapshot(), at_end("save")]
+PAUSE_PLACES = [at_snapshot(), at_end("pause")]
+RESUME_PLACES = [at_end("resume")]
 
 
 def _name(place: Place) -> str:
@@ -72,7 +70,7 @@ def check_processes(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("place", SAVE_PLACES, ids=_name)
 def test_killed_in_a_save(daemon: Daemon, counting: Sandbox, place: Place) -> None:
-    """At every step of the journal, and inside the commit."""
+    """Inside the commit, and where its operation is closed."""
     value, digests = counting.counted(), counting.rewrite()
     kill_at(daemon, place, lambda: counting.save("disk"))
     check_whole(daemon, counting, value, digests)
@@ -83,8 +81,7 @@ def test_killed_in_a_pause(daemon: Daemon, counting: Sandbox, place: Place) -> N
     """The guest goes on, or is paused and can be resumed: decided by the commit."""
     value, digests = counting.counted(), counting.rewrite()
     kill_at(daemon, place, lambda: counting.pause("disk"))
-    done = place in (before_step("pause", "release"), before_step("pause", "publish"))
-    done |= place == at_end("pause")
+    done = place == at_end("pause")
     assert counting.state == ("paused" if done else "running")
     check_whole(daemon, counting, value, digests)
 

@@ -322,6 +322,7 @@ def test_flat_files_have_their_record_or_are_not_there(
         raise full
 
     record, place = snapshot("process", boot_id()), host.home.flat_of(SNAPSHOT)
+    host.catalog.put_snapshot(record, durable=True)
     with monkeypatch.context() as patch:
         patch.setattr(flats, "write_file", refuse)
         with pytest.raises(NotEnoughSpace):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from diapause.catalog import Catalog, SandboxRecord
 from diapause.daemon.client import Client
-from diapause.daemon.start import daemon_command
+from diapause.daemon.start import DaemonCommand, daemon_command
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
@@ -165,11 +165,15 @@ class Daemon:
     """One home with its daemon, which is started when somebody asks something."""
 
     def __init__(
-        self, home: Home, environment: dict[str, str] | None = None, within: tuple[str, ...] = ()
+        self,
+        home: Home,
+        environment: dict[str, str] | None = None,
+        within: tuple[str, ...] = (),
+        command: DaemonCommand = daemon_command,
     ) -> None:
         self.home = home
         words = [f"{name}={value}" for name, value in (environment or {}).items()]
-        self.client = Client(home, lambda home: [*within, "env", *words, *daemon_command(home)])
+        self.client = Client(home, lambda home: [*within, "env", *words, *command(home)])
 
     # -- the process -----------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def test_a_vmm_killed_from_outside_is_a_failure_with_a_cause(guest: Sandbox) -> 
     found = guest.inspect()
     assert found.vmm is None
     assert found.error is not None
-    assert found.error["code"] == "vmm_failed"
+    assert found.error["code"] == "guest_lost"
     assert "has ended" in found.error["message"]
 
 

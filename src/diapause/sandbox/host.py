@@ -15,10 +15,11 @@ import msgspec
 from diapause.catalog import Catalog, Identity
 from diapause.driver.base import Shape, VmmIdentity
 from diapause.driver.qemu import QemuDriver
-from diapause.errors import DiapauseError, VmmFailed
+from diapause.errors import DiapauseError
 from diapause.limits import END_S
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
+from diapause.sandbox.losses import guest_lost
 from diapause.sandbox.metrics import HomeCollector, Metrics
 from diapause.sandbox.network import has_network
 from diapause.sandbox.rescue import go_on_after_stall
@@ -159,8 +160,7 @@ class Host:
         record.frozen = False
         record.state = "stopped" if reason.startswith("guest-") else "failed"
         if record.state == "failed":
-            error = VmmFailed(sandbox=record.id, step="run", cause=reason)
-            record.error = error.to_dict()
+            record.error = guest_lost(self.catalog, record, reason).to_dict()
         self.catalog.put_sandbox(record)
 
     # -- the accelerator -------------------------------------------------------------------------

@@ -30,9 +30,10 @@ from diapause.driver.base import ProcessRef
 from diapause.driver.process import is_alive
 from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.frozen import top_node
-from diapause.errors import DiapauseError, SnapshotLost
+from diapause.errors import DiapauseError
 from diapause.limits import AGENT_READY_S, RESCUE_S
 from diapause.sandbox.guests import Guest
+from diapause.sandbox.losses import fail_lost_captures, fail_lost_sandboxes
 from diapause.sandbox.remove import Remove, end_orphan
 from diapause.sandbox.rescue import thaw_if_it_stands
 from diapause.sandbox.sweep import end_strays, sweep
@@ -55,13 +56,14 @@ _BETWEEN_S = 0.5
 def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
     host.settle_later = lambda sandbox: host.watch(partial(settle_when_it_answers, host, sandbox))
+    fail_lost_captures(host)
     silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
     for operation in host.catalog.journal.open_operations():
         if operation.sandbox not in silent:
             host.catalog.journal.end(operation.id, "recovered")  # of sandboxes that are gone
     for sandbox in silent:
         host.settle_later(sandbox)
-    _fail_lost_captures(host)
+    fail_lost_sandboxes(host)
     end_strays(host)
     sweep(host)
 
@@ -100,20 +102,6 @@ def is_unsettled(host: Host, record: SandboxRecord) -> bool:
     under_way = record.state in ("creating", "pausing", "resuming", "removing")
     unknown = record.state in ("running", "frozen") and record.id not in host.guests
     return under_way or unknown or bool(host.catalog.journal.open_operations(record.id))
-
-
-def _fail_lost_captures(host: Host) -> None:
-    """A capture that was never synced is not served after the host went down, nor one whose
-    buffer somebody removed."""
-    for record in host.catalog.snapshots(removed=True):
-        if record.state != "captured" or record.durability != "process":
-            continue
-        of_another_boot = record.boot_id != boot_id()
-        if of_another_boot or not CaptureFiles(host.home, record.id).buffer.exists():
-            cause = "lost with the host" if of_another_boot else "its capture buffer was removed"
-            record.state = "failed"
-            record.error = SnapshotLost(snapshot=record.id, cause=cause).to_dict()
-            host.catalog.put_snapshot(record, durable=True)
 
 
 def settle(host: Host, record: SandboxRecord) -> None:

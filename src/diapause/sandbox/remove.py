@@ -9,6 +9,7 @@ import contextlib
 from typing import TYPE_CHECKING, ClassVar
 
 from diapause.driver.process import Pidfd
+from diapause.driver.qemu.machine import SocketPaths
 from diapause.errors import DiapauseError
 from diapause.limits import VMM_EXIT_S
 from diapause.sandbox.verb import Verb
@@ -60,10 +61,11 @@ class Remove(Verb):
 
 
 def end_orphan(host: Host, sandbox: str) -> None:
-    """End a VMM of this sandbox that no row knows."""
+    """End a VMM of this sandbox that no row knows, and remove its sockets."""
     process = host.driver.find(sandbox)
     if process is not None:
         pidfd = Pidfd(process)
         pidfd.kill()
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
+    SocketPaths(host.home.sockets, sandbox).unlink()

@@ -49,7 +49,7 @@ def end_strays(host: Host) -> None:
 
 
 def sweep(host: Host) -> None:
-    """Remove half-written files, captures without a row, and buffers of what is gone."""
+    """Remove half-written files, captures without a row, buffers and sockets of what is gone."""
     home = host.home
     captured = {row.id for row in host.catalog.snapshots(removed=True) if row.state == "captured"}
     running = {row.id for row in host.catalog.sandboxes() if row.process is not None}
@@ -64,6 +64,9 @@ def sweep(host: Host) -> None:
             _remove(path)
     for path in home.sandboxes.iterdir():
         if path.name not in known:
+            _remove(path)
+    for path in home.sockets.iterdir():
+        if path.name.split(".")[0] not in running | {home.serve_socket.stem}:
             _remove(path)
     for path in home.flat.iterdir():
         if not (path / "flat.json").exists():  # never finished; a cache, made again when needed

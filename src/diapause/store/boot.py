@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+SOURCE = Path("/proc/sys/kernel/random/boot_id")
+
 
 def boot_id() -> str:
     """The running kernel's boot id."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return SOURCE.read_text().strip()
