@@ -15,6 +15,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 PACKAGE := src/diapause/_core.abi3.so
 AGENT := src/diapause/native/diapause-agent
+LAUNCH := src/diapause/native/diapause-launch
 TRACKER := src/diapause/native/libdiapause_tracker.so
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml -o -name build.rs)
 
@@ -35,7 +36,7 @@ help:
 	@echo 'make uninstall PREFIX=/usr/local'
 	@echo 'make clean   removes what was built, keeps the downloads of pip and cargo'
 
-setup: system $(RUN) $(AGENT) $(TRACKER) $(PACKAGE)
+setup: system $(RUN) $(AGENT) $(LAUNCH) $(TRACKER) $(PACKAGE)
 
 setup-dev: setup $(DEV)
 
@@ -83,6 +84,9 @@ $(DEV): requirements/dev.lock tools/venv.sh $(RUN)
 
 $(AGENT): $(RUST_SOURCES) tools/native.sh | system
 	tools/native.sh agent
+
+$(LAUNCH): $(RUST_SOURCES) tools/native.sh | system
+	tools/native.sh launch
 
 $(TRACKER): $(RUST_SOURCES) tools/native.sh | system
 	tools/native.sh tracker

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Builds one of the parts that are Rust and puts it where the Python package looks for it.
 #
-# usage: native.sh agent|tracker|package
-# agent: the guest's, static, since the guest has no libraries. tracker: preloaded into QEMU.
+# usage: native.sh agent|launch|tracker|package
+# agent: the guest's, static, since the guest has no libraries. launch: starts a VMM, static, since
+# it does so where there are none. tracker: preloaded into QEMU.
 # package: diapause._core, and the package itself, editable, with .venv/bin/diapause.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,11 +20,11 @@ place() {
 }
 
 case "$1" in
-agent)
+agent | launch)
   # The target is named so that the flag does not reach build scripts and macros.
   RUSTFLAGS='-C target-feature=+crt-static -C strip=debuginfo' \
-    cargo build --locked --release -p diapause-agent --target "$TARGET"
-  place "$target_dir/$TARGET/release/diapause-agent" diapause-agent
+    cargo build --locked --release -p "diapause-$1" --target "$TARGET"
+  place "$target_dir/$TARGET/release/diapause-$1" "diapause-$1"
   ;;
 tracker)
   cargo build --locked --release -p diapause-tracker
@@ -33,7 +34,7 @@ package)
   PIP_QUIET=1 VIRTUAL_ENV=$PWD/.venv .venv/bin/maturin develop --release --locked
   ;;
 *)
-  echo "usage: native.sh agent|tracker|package" >&2
+  echo "usage: native.sh agent|launch|tracker|package" >&2
   exit 2
   ;;
 esac

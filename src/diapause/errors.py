@@ -212,6 +212,13 @@ class CaptureFailed(DiapauseError):
     hint = "Nothing of it is left: the same verb may be tried again once the cause is gone."
 
 
+class ConfinementFailed(DiapauseError):
+    """The VMM of sandbox {sandbox} could not be confined at {stage}: {cause}."""
+
+    code, exit_code, status = "confinement_failed", 36, 500
+    hint = "`diapause doctor` says what this host grants; nothing was left running."
+
+
 class BlobDamaged(DiapauseError):
     """Blob {blob} is damaged: {cause}."""
 

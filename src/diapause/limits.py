@@ -48,6 +48,12 @@ CAPTURE_BUFFER_BYTES_MIN = 8 * MIB
 # What a guest may write on its console before the log begins anew; one older one is kept.
 CONSOLE_LOG_BYTES_MAX = 16 * MIB
 
+# What a VMM may use, however its guest behaves.
+VMM_DESCRIPTORS_MAX = 1024
+VMM_THREADS_MAX = 512
+VMM_FILE_OVERHEAD_BYTES = 256 * MIB  # a file of its own beyond the disk's size and an eighth
+LAUNCH_REPORT_BYTES_MAX = 64 * KIB
+
 # Waits, in seconds.
 CONSOLE_LOOK_S = 0.5
 DAEMON_START_S = 20.0
@@ -55,6 +61,7 @@ QMP_CALL_S = 20.0
 QMP_CONNECT_S = 20.0
 STATE_LOAD_S = 60.0
 VMM_EXIT_S = 20.0
+LAUNCH_S = 20.0
 AGENT_BOOT_S = 120.0
 AGENT_READY_S = 30.0
 GUEST_FREEZE_S = 5.0

@@ -1,5 +1,5 @@
-//! The tracker: preloaded into QEMU, it does two things to one file, and bars a guest's network
-//! from the host's loopback (`network`).
+//! The tracker: preloaded into QEMU, it does two things to one file, one to a device, and bars a
+//! guest's network from the host's loopback (`network`).
 //!
 //! 1. The mapping of the memory file is registered with a userfaultfd for *asynchronous*
 //!    write-protect, so that `PAGEMAP_SCAN` from another process can list and re-arm the pages
@@ -8,8 +8,13 @@
 //!    that path is answered with a duplicate of a descriptor that the driver handed over, which is
 //!    read-only; QEMU never needs a right on the file itself.
 //!
+//! 3. QEMU opens `/dev/kvm` by its name, and a confined one has neither the file nor the right: it
+//!    is answered with a duplicate of a descriptor that the driver handed over.
+//!
 //! The environment says which file: `DIAPAUSE_MEMORY_PATH`, the path as QEMU is told to open it,
-//! and `DIAPAUSE_MEMORY_FD`, the inherited descriptor. Without both the library is inert.
+//! and `DIAPAUSE_MEMORY_FD`, the inherited descriptor. Without both the first two are inert; with
+//! `DIAPAUSE_TRACK=off` the first is. `DIAPAUSE_KVM_FD` is the device's descriptor, where there is
+//! one.
 //!
 //! Facts about userfaultfd that this relies on (Linux 6.7 and later):
 //! - `UFFD_USER_MODE_ONLY` needs no privilege, and is enough: an asynchronous write-protect fault
@@ -54,6 +59,7 @@ struct Memory {
     fd: c_int,
     device: u64,
     inode: u64,
+    track: bool,
 }
 
 fn memory() -> Option<&'static Memory> {
@@ -70,7 +76,13 @@ fn read_environment() -> Option<Memory> {
         fd,
         device,
         inode,
+        track: std::env::var_os("DIAPAUSE_TRACK").is_none_or(|word| word != "off"),
     })
+}
+
+fn kvm() -> Option<c_int> {
+    static KVM: OnceLock<Option<c_int>> = OnceLock::new();
+    *KVM.get_or_init(|| std::env::var("DIAPAUSE_KVM_FD").ok()?.parse().ok())
 }
 
 fn identity(fd: c_int) -> Option<(u64, u64)> {
@@ -160,7 +172,7 @@ fn map(
     let start = mmap64(address, length, protection, flags, fd, offset);
     if fd >= 0 && start != libc::MAP_FAILED {
         if let Some(memory) = memory() {
-            if identity(fd) == Some((memory.device, memory.inode)) {
+            if memory.track && identity(fd) == Some((memory.device, memory.inode)) {
                 track(start, length);
             }
         }
@@ -168,14 +180,25 @@ fn map(
     start
 }
 
+/// The inherited descriptor that stands for this path, where there is one.
+fn handed(path: *const c_char) -> Option<c_int> {
+    if path.is_null() {
+        return None;
+    }
+    // SAFETY: the caller of open passes a NUL-terminated path.
+    let path = unsafe { CStr::from_ptr(path) };
+    match memory() {
+        Some(memory) if memory.path.as_c_str() == path => Some(memory.fd),
+        _ if path == c"/dev/kvm" => kvm(),
+        _ => None,
+    }
+}
+
 fn open_as(path: *const c_char, flags: c_int, mode: c_int) -> c_int {
     static NEXT: OnceLock<usize> = OnceLock::new();
-    if let Some(memory) = memory() {
-        // SAFETY: the caller of open passes a NUL-terminated path.
-        if !path.is_null() && unsafe { CStr::from_ptr(path) } == memory.path.as_c_str() {
-            // SAFETY: duplicates the inherited descriptor; both stay valid.
-            return unsafe { libc::fcntl(memory.fd, libc::F_DUPFD_CLOEXEC, 3) };
-        }
+    if let Some(fd) = handed(path) {
+        // SAFETY: duplicates the inherited descriptor; both stay valid.
+        return unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     }
     // SAFETY: libc's open64 reads its third argument only with O_CREAT or O_TMPFILE; passing it
     // always is how the x86-64 and AArch64 calling conventions pass a variadic int.
@@ -215,7 +238,7 @@ pub unsafe extern "C" fn mmap64(
     map(address, length, protection, flags, fd, offset)
 }
 
-/// Stands before libc's `open`: answers the memory file with the inherited descriptor.
+/// Stands before libc's `open`: answers what was handed over with its descriptor.
 ///
 /// # Safety
 /// As libc's `open`.
@@ -224,7 +247,7 @@ pub unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: c_int) ->
     open_as(path, flags, mode)
 }
 
-/// Stands before libc's `open64`: answers the memory file with the inherited descriptor.
+/// Stands before libc's `open64`: answers what was handed over with its descriptor.
 ///
 /// # Safety
 /// As libc's `open64`.

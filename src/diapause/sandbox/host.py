@@ -43,11 +43,14 @@ log = logging.getLogger("diapause.host")
 
 
 def tracker_path() -> Path | None:
-    """The preloaded library, unless it is switched off (`DIAPAUSE_TRACKER=off`) or not there."""
-    if os.environ.get("DIAPAUSE_TRACKER") == "off":
-        return None
+    """The preloaded library; None where it was not built."""
     path = Path(__file__).parent.parent / "native" / "libdiapause_tracker.so"
     return path if path.exists() else None
+
+
+def tracking_wanted() -> bool:
+    """Whether writes are to be tracked; `DIAPAUSE_TRACKER=off` says no."""
+    return os.environ.get("DIAPAUSE_TRACKER") != "off"
 
 
 class Host:
@@ -66,10 +69,10 @@ class Host:
         self.packer = Packer(
             home, self.catalog, self.templates, self.leases, self.flats, self.gate
         )  # fmt: skip
-        self.driver = QemuDriver(home, tracker_path())
+        self.driver = QemuDriver(home, tracker_path(), track=tracking_wanted())
         self.guests: dict[str, Guest] = {}
         self.parked: dict[str, Link] = {}  # links of paused sandboxes: their sessions wait
-        self.tracked = tracker_path() is not None
+        self.tracked = tracker_path() is not None and tracking_wanted()
         # One thread: parents are packed before children, and packing never competes with itself.
         self._background = ThreadPoolExecutor(1, "diapause-pack")
         self._beside = ThreadPoolExecutor(8, "diapause-beside")  # short work of a verb

@@ -39,6 +39,8 @@ class Descriptors:
     agent: int
     console: int
     disks: tuple[tuple[int, int], ...]  # (base, overlay)
+    boot: tuple[int, int] | None = None  # (kernel, initial file system)
+    kvm: int | None = None
 
 
 def name_argument(home_key: str, sandbox: str) -> str:
@@ -90,7 +92,7 @@ def command_line(plan: StartPlan, fds: Descriptors, home_key: str) -> list[str]:
         *_network(plan),
         *_with_top_nodes(guest_visible(identity, shape), plan),
         "-sandbox", SANDBOX_OPTIONS,
-        *_start(plan),
+        *_start(plan, fds),
     ]  # fmt: skip
 
 
@@ -157,11 +159,12 @@ def _with_top_nodes(arguments: list[str], plan: StartPlan) -> list[str]:
     return filled
 
 
-def _start(plan: StartPlan) -> list[str]:
-    if plan.boot is None:
+def _start(plan: StartPlan, fds: Descriptors) -> list[str]:
+    if plan.boot is None or fds.boot is None:
         return ["-incoming", "defer"]
+    kernel, initrd = fds.boot
     return [
-        "-kernel", str(plan.boot.kernel),
-        "-initrd", str(plan.boot.initrd),
+        "-kernel", f"/proc/self/fd/{kernel}",
+        "-initrd", f"/proc/self/fd/{initrd}",
         "-append", plan.boot.command_line,
     ]  # fmt: skip

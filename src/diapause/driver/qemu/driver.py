@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -12,18 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.driver.base import Shape, StartPlan, VmmIdentity
+from diapause.driver.grants import grants
+from diapause.driver.launch import LaunchPlan, launch
 from diapause.driver.process import find_by_argument, is_alive, process_ref
 from diapause.driver.qemu import command
 from diapause.driver.qemu.machine import QemuMachine, SocketPaths
 from diapause.driver.qemu.network import preloaded, refused_forward, resolvers
-from diapause.errors import SnapshotIncompatible, VmmFailed, VmmMissing, VmmTooOld
-from diapause.limits import SUBPROCESS_S
+from diapause.driver.uids import own_uid
+from diapause.errors import (
+    DiapauseError,
+    SnapshotIncompatible,
+    VmmFailed,
+    VmmMissing,
+    VmmTooOld,
+)
+from diapause.limits import SUBPROCESS_S, VMM_FILE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from diapause.driver.base import ProcessRef
     from diapause.store.home import Home
 
 VERSION_MIN = (7, 2)
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,8 +51,8 @@ class QemuDriver:
 
     kind = "qemu"
 
-    def __init__(self, home: Home, tracker: Path | None) -> None:
-        self._home, self._tracker = home, tracker
+    def __init__(self, home: Home, preload: Path | None, *, track: bool = True) -> None:
+        self._home, self._preload, self._track = home, preload, track
 
     def program(self) -> str:
         """The path of QEMU; refuses a missing one."""
@@ -103,62 +114,83 @@ class QemuDriver:
             refuse("processor", needed.processor, ours)
 
     def start(self, plan: StartPlan) -> QemuMachine:
-        """Spawn the process; its sockets take connections from the first moment on."""
-        program = self.program()
+        """Spawn the process, confined; its sockets take connections from the first moment on."""
+        program = str(Path(self.program()).resolve())
+        level = grants().level
         paths = SocketPaths(self._home.sockets, plan.sandbox)
         paths.unlink()
-        with _Handed() as handed:
-            fds = command.Descriptors(
-                memory=handed.file(plan.memory, os.O_RDONLY),
-                commands=handed.listener(paths.commands),
-                events=handed.listener(paths.events),
-                agent=handed.listener(paths.agent),
-                console=handed.file(plan.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT),
-                disks=tuple(
-                    (handed.file(disk.base, os.O_RDONLY), handed.file(disk.overlay, os.O_RDWR))
-                    for disk in plan.disks
-                ),
-            )
-            log = handed.file(plan.vmm_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with contextlib.ExitStack() as stack:
+            handed = stack.enter_context(_Handed())
+            fds = self._descriptors(plan, handed, paths)
+            log = os.open(plan.vmm_log, _APPEND | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, log)
             arguments = command.command_line(plan, fds, self._home.key)
-            child = subprocess.Popen(
-                [program, *arguments[1:]],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=handed.numbers,
-                env=self._environment(plan, fds), start_new_session=True, cwd="/",
+            launched = LaunchPlan(
+                name=command.name_argument(self._home.key, plan.sandbox), program=program,
+                arguments=arguments, environment=self._environment(plan, fds, handed),
+                descriptors=handed.numbers, level=level, network=bool(plan.shape.network),
+                hidden=(self._home.root, self._home.sockets, self._home.buffers),
+                file_bytes=_file_bytes_max(plan.shape),
             )  # fmt: skip
+            uid = stack.enter_context(own_uid(plan.sandbox)) if level.user == "own" else None
+            child = launch(plan.sandbox, launched, uid, log)
         process = process_ref(child.pid)
         if process is None:
-            raise VmmFailed(sandbox=plan.sandbox, step="spawn", cause=_last_line(plan.vmm_log))
+            child.poll()
+            raise _failed_spawn(plan, "it ended at once")
         machine = QemuMachine(plan.sandbox, process, paths, plan.memory, plan.shape)
         machine.child = child
         return self._answering(machine, plan)
+
+    def _descriptors(
+        self, plan: StartPlan, handed: _Handed, paths: SocketPaths
+    ) -> command.Descriptors:
+        boot, kvm = plan.boot, plan.identity.accelerator == "kvm"
+        return command.Descriptors(
+            memory=handed.file(plan.memory, os.O_RDONLY),
+            commands=handed.listener(paths.commands),
+            events=handed.listener(paths.events),
+            agent=handed.listener(paths.agent),
+            console=handed.file(plan.console_log, _APPEND),
+            disks=tuple(
+                (handed.file(disk.base, os.O_RDONLY), handed.file(disk.overlay, os.O_RDWR))
+                for disk in plan.disks
+            ),
+            boot=None if boot is None else (
+                handed.file(boot.kernel, os.O_RDONLY), handed.file(boot.initrd, os.O_RDONLY),
+            ),
+            kvm=handed.file(Path("/dev/kvm"), os.O_RDWR) if kvm else None,
+        )  # fmt: skip
 
     def _answering(self, machine: QemuMachine, plan: StartPlan) -> QemuMachine:
         try:
             machine.status()
         except VmmFailed as error:
             machine.kill()
-            cause = _last_line(plan.vmm_log) or error.fields.get("cause")
-            if refused := refused_forward(str(cause)):
-                raise refused from error
-            raise VmmFailed(sandbox=plan.sandbox, step="spawn", cause=cause) from error
+            raise _failed_spawn(plan, str(error.fields.get("cause"))) from error
         except Exception:
             machine.kill()
             raise
         return machine
 
-    def _environment(self, plan: StartPlan, fds: command.Descriptors) -> dict[str, str]:
+    def _environment(
+        self, plan: StartPlan, fds: command.Descriptors, handed: _Handed
+    ) -> dict[str, str]:
         environment = {
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "PATH": "/usr/bin:/bin",
             "LC_ALL": "C",
             "DIAPAUSE_HOME": str(self._home.root),  # for whoever finds the process
         }
-        if self._tracker is not None:
-            environment["LD_PRELOAD"] = str(self._tracker)
+        if self._preload is not None:
+            library = handed.file(self._preload, os.O_RDONLY)
+            environment["LD_PRELOAD"] = f"/proc/self/fd/{library}"
             environment["DIAPAUSE_MEMORY_PATH"] = command.memory_path(fds)
             environment["DIAPAUSE_MEMORY_FD"] = str(fds.memory)
+            environment["DIAPAUSE_TRACK"] = "on" if self._track else "off"
+            if fds.kvm is not None:
+                environment["DIAPAUSE_KVM_FD"] = str(fds.kvm)
         if plan.shape.network:  # barred from the host's loopback, whatever else is switched off
-            environment["LD_PRELOAD"] = str(preloaded(plan.sandbox))
+            preloaded(plan.sandbox)
             environment["DIAPAUSE_NET_RESOLVERS"] = ",".join(resolvers())
         return environment
 
@@ -196,7 +228,7 @@ class _Handed:
 
     def file(self, path: Path, flags: int) -> int:
         """Open a file for the child."""
-        self.numbers.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+        self.numbers.append(_open(path, flags))
         return self.numbers[-1]
 
     def listener(self, path: Path) -> int:
@@ -207,6 +239,23 @@ class _Handed:
         path.chmod(0o600)
         self.numbers.append(listener.detach())
         return self.numbers[-1]
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _failed_spawn(plan: StartPlan, otherwise: str) -> DiapauseError:
+    """What QEMU said last, or `otherwise`."""
+    cause = _last_line(plan.vmm_log) or otherwise
+    failed = VmmFailed(sandbox=plan.sandbox, step="spawn", cause=cause)
+    return refused_forward(cause) or failed
+
+
+def _file_bytes_max(shape: Shape) -> int:
+    """No file that a VMM writes is larger: an overlay holds its disk, its tables, and no more."""
+    largest = max(shape.disks_bytes, default=0)
+    return largest + largest // 8 + VMM_FILE_OVERHEAD_BYTES
 
 
 def host_processor() -> str:

@@ -23,7 +23,8 @@ from diapause.limits import STATE_LOAD_S, VMM_EXIT_S
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from subprocess import Popen
+
+    from diapause.driver.launch import Child
 
 _STATUS: dict[str, Status] = {
     "running": "running",
@@ -64,7 +65,7 @@ class QemuMachine:
         self, sandbox: str, process: ProcessRef, paths: SocketPaths, memory: Path, shape: Shape
     ) -> None:
         self.sandbox, self.process, self.paths, self.shape = sandbox, process, paths, shape
-        self.child: Popen[bytes] | None = None  # only while the daemon that spawned it lives
+        self.child: Child | None = None  # only while the daemon that spawned it lives
         self._pidfd = Pidfd(process)
         self._lock = threading.RLock()
         self._qmp: Qmp | None = None
@@ -184,7 +185,7 @@ class QemuMachine:
         if not self._pidfd.wait(bound_s):
             raise VmmTimeout(sandbox=self.sandbox, step="exit", bound_s=bound_s)
         if self.child is not None:
-            self.child.wait(bound_s)
+            self.child.poll()
         self.close()
         self.paths.unlink()
 

@@ -1,0 +1,95 @@
+"""How far this host lets a VMM be confined: proved once by each daemon, by confining something.
+
+From the best down: a user of its own; a user namespace (an ordinary user's way); no namespaces but
+the user of its own; only what needs no right at all. Capabilities are always gone,
+`no_new_privs` is always set, and descriptors are always the only way to a file of ours.
+
+A level is granted when the launcher can do it *and* the daemon can read the memory of what it
+started: a VMM that can't be captured is of no use. What was refused keeps its cause, for doctor.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diapause.driver.launch import LAUNCHER, LaunchPlan, Level, launch
+from diapause.driver.process import Pidfd, process_ref
+from diapause.driver.uids import own_uid
+from diapause.errors import ConfinementFailed
+from diapause.limits import VMM_EXIT_S
+
+LEVELS = (
+    Level("own", namespaces=True),
+    Level("namespace", namespaces=True),
+    Level("own", namespaces=False),
+    Level("same", namespaces=False),
+)
+_TRIAL = "00000000"
+
+
+@dataclass(frozen=True)
+class Grants:
+    """The level that VMMs of this daemon get, and why not a better one."""
+
+    level: Level
+    refused: dict[Level, str] = field(default_factory=dict)
+
+
+@functools.cache
+def grants() -> Grants:
+    """What this host grants this daemon; the last level needs nothing."""
+    refused: dict[Level, str] = {}
+    for level in LEVELS[:-1]:
+        try:
+            _try(level)
+        except ConfinementFailed as error:
+            refused[level] = f"{error.fields['stage']}: {error.fields['cause']}"
+        else:
+            return Grants(level, refused)
+    return Grants(LEVELS[-1], refused)
+
+
+def _try(level: Level) -> None:
+    if level.user == "own" and os.geteuid() != 0:
+        raise ConfinementFailed(sandbox=_TRIAL, stage="uid", cause="only root can change users")
+    program = os.open(LAUNCHER, os.O_RDONLY | os.O_CLOEXEC)
+    waits, go = os.pipe2(os.O_CLOEXEC)
+    null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+    plan = LaunchPlan(
+        name=f"diapause-trial-{os.getpid()}", program=f"/proc/self/fd/{program}",
+        arguments=["diapause-launch", "wait"], environment={}, descriptors=[program], level=level,
+    )  # fmt: skip
+    try:
+        if level.user == "own":
+            with own_uid(_TRIAL) as uid:
+                child = launch(_TRIAL, plan, uid, null, waits)
+        else:
+            child = launch(_TRIAL, plan, None, null, waits)
+        process = process_ref(child.pid)
+        try:
+            if process is None:
+                raise ConfinementFailed(sandbox=_TRIAL, stage="exec", cause="it ended at once")
+            _read_memory(child.pid)
+        finally:
+            if process is not None:
+                pidfd = Pidfd(process)
+                pidfd.kill()
+                pidfd.wait(VMM_EXIT_S)
+            child.poll()
+    finally:
+        for fd in (program, waits, go, null):
+            os.close(fd)
+
+
+def _read_memory(pid: int) -> None:
+    """What a capture needs: to attach to memory, and to its page map."""
+    for name in ("mem", "pagemap"):
+        try:
+            os.close(os.open(Path(f"/proc/{pid}/{name}"), os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise ConfinementFailed(
+                sandbox=_TRIAL, stage="capture", cause=f"its memory can't be read: {error.strerror}"
+            ) from error

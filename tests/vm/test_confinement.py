@@ -1,0 +1,134 @@
+"""What a VMM can reach, read from /proc of one that runs: not what we meant to set."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from diapause.driver.uids import UID_COUNT, UID_FIRST
+from tests.framework.sandbox import Daemon, Sandbox
+
+pytestmark = pytest.mark.vm
+
+_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """/proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def mounts_of(pid: int) -> dict[str, set[str]]:
+    """Where something is mounted in the VMM's root, and how."""
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return {line.split()[4]: set(line.split()[5].split(",")) for line in lines}
+
+
+def root_of(pid: int) -> Path:
+    """The root that the VMM sees."""
+    return Path(f"/proc/{pid}/root")
+
+
+def test_it_has_a_user_of_its_own(guest: Sandbox) -> None:
+    """Out of our range, in all four places, with no group besides; no two share one."""
+    with guest.forked() as other:
+        uids = set()
+        for pid in (guest.vmm_pid, other.vmm_pid):
+            status = status_of(pid)
+            [uid] = set(status["Uid"].split())
+            assert set(status["Gid"].split()) == {uid}
+            assert status["Groups"] == ""
+            assert UID_FIRST <= int(uid) < UID_FIRST + UID_COUNT
+            uids.add(uid)
+    assert len(uids) == 2
+
+
+def test_it_has_no_right(guest: Sandbox) -> None:
+    """No capability in any set, none to be had, and system calls are filtered, in every thread."""
+    tasks = list(Path(f"/proc/{guest.vmm_pid}/task").iterdir())
+    assert len(tasks) > 1
+    for task in tasks:
+        status = status_of(int(task.name))
+        assert [int(status[name], 16) for name in _SETS] == [0] * 5
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+
+
+def test_it_has_namespaces_of_its_own(guest: Sandbox) -> None:
+    """None of ours, and none of another guest's."""
+    with guest.forked() as other:
+        pids = [os.getpid(), guest.vmm_pid, other.vmm_pid]
+        for name in ("mnt", "pid", "ipc", "uts", "net"):
+            found = {Path(f"/proc/{pid}/ns/{name}").readlink() for pid in pids}
+            assert len(found) == len(pids), name
+    assert status_of(guest.vmm_pid)["NSpid"].split()[-1] == "1"
+
+
+def test_it_sees_nothing_of_ours_and_can_write_nowhere(daemon: Daemon, guest: Sandbox) -> None:
+    """Every mount is read-only and without setuid programs; no directory of ours is there."""
+    mounts = mounts_of(guest.vmm_pid)
+    assert {"/", "/usr", "/proc"} <= mounts.keys()
+    for place, options in mounts.items():
+        assert {"ro", "nosuid"} <= options, (place, options)
+        assert "nodev" in options or place.startswith("/dev/")
+    root = root_of(guest.vmm_pid)
+    for ours in (daemon.home.root, daemon.home.sockets, daemon.home.buffers):
+        assert not (root / str(ours)[1:]).exists()
+    seen = {path.name for path in root.iterdir()}
+    assert seen <= {"usr", "lib", "lib64", "etc", "dev", "proc"}
+    assert {path.name for path in (root / "dev").iterdir()} <= {"null", "zero", "urandom"}
+
+
+def test_it_holds_what_it_was_handed_and_nothing_else(daemon: Daemon, guest: Sandbox) -> None:
+    """Each open file of the home is one of its own, by name; nothing else of the host is open."""
+    home, parent = daemon.home, guest.inspect().parent
+    assert parent is not None
+    directory, flat = home.sandbox(guest.id), home.flat_of(parent)
+    overlays = {directory / name for [name] in daemon.record(guest.id).overlays}
+    known = {flat / "memory", flat / "disk0", directory / "console.log", directory / "vmm.log"}
+    held = set()
+    for fd in Path(f"/proc/{guest.vmm_pid}/fd").iterdir():
+        target = str(fd.readlink())
+        if target.startswith("/"):
+            held.add(Path(target))
+        else:
+            assert target.split(":")[0] in ("socket", "anon_inode"), target
+    assert held - {Path("/dev/null")} - _libraries(held) == known | overlays
+
+
+def test_its_network_is_empty(guest: Sandbox) -> None:
+    """The loopback alone, and that is down."""
+    lines = Path(f"/proc/{guest.vmm_pid}/net/dev").read_text().splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in lines] == ["lo"]
+    assert Path(f"/proc/{guest.vmm_pid}/net/route").read_text().splitlines()[1:] == []
+
+
+def test_its_limits(guest: Sandbox) -> None:
+    """No core dump of a guest's memory, bounded files, descriptors and threads; first to go."""
+    limits = Path(f"/proc/{guest.vmm_pid}/limits").read_text()
+    of = {line[:26].strip(): line[26:].split() for line in limits.splitlines()[1:]}
+    assert of["Max core file size"][:2] == ["0", "0"]
+    assert of["Max file size"][0] == of["Max file size"][1] != "unlimited"
+    assert int(of["Max open files"][1]) <= 1024
+    assert of["Max processes"][:2] == ["512", "512"]
+    assert Path(f"/proc/{guest.vmm_pid}/oom_score_adj").read_text().strip() == "300"
+    assert status_of(guest.vmm_pid)["Umask"] == "0077"
+
+
+def test_a_boot_is_confined_as_well(booted: Sandbox) -> None:
+    """Kernel and initial file system come by descriptor: no path of the home is on its line."""
+    arguments = Path(f"/proc/{booted.vmm_pid}/cmdline").read_text().split("\0")
+    assert arguments[arguments.index("-kernel") + 1].startswith("/proc/self/fd/")
+    assert not [word for word in arguments if str(booted.daemon.home.root) in word]
+    assert int(status_of(booted.vmm_pid)["Uid"].split()[0]) >= UID_FIRST
+
+
+def _libraries(held: set[Path]) -> set[Path]:
+    """The preloaded library: a file that nobody but its owner can write."""
+    found = {path for path in held if path.name == "libdiapause_tracker.so"}
+    assert all(stat.S_IMODE(path.stat().st_mode) & 0o022 == 0 for path in found)
+    return found
