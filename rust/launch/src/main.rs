@@ -5,9 +5,9 @@
 //!
 //! NAME is not read: a launcher carries the argument by which its VMM is found, so that one that
 //! was left behind at any moment is found as well. PLAN is a descriptor with the plan (`plan.rs`),
-//! REPORT one that is written to: `pid N`, the VMM's process as our parent sees it; `exec`, when all
-//! is done but that; `failed STAGE: CAUSE`. The report's end after an `exec` and without a failure
-//! means that the VMM's program runs; nothing in between is left to guess.
+//! REPORT one that is written to: `pid N`, the VMM's process as our parent sees it; `exec`, when
+//! all is done but that; `failed STAGE: CAUSE`. The report's end after an `exec` and without a
+//! failure means that the VMM's program runs; nothing in between is left to guess.
 //!
 //! The VMM is the first process of its pid namespace and a child of *our* parent: this process
 //! ends at once, and whoever asked for the VMM can wait for it. Nothing binds its life to the

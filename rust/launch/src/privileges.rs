@@ -51,8 +51,9 @@ pub fn limit(limits: &Limits) -> Result<(), Failure> {
 pub fn drop_all(user: User) -> Result<(), Failure> {
     if has_setpcap() {
         for capability in 0..CAPABILITIES_MAX {
+            // An older kernel knows fewer.
             match control(libc::PR_CAPBSET_DROP, capability) {
-                Err(Errno::EINVAL) if capability > CAP_SETPCAP => break, // this kernel knows no more
+                Err(Errno::EINVAL) if capability > CAP_SETPCAP => break,
                 outcome => outcome.at(Stage::Privileges, || format!("bounding {capability}"))?,
             }
         }
