@@ -216,7 +216,11 @@ class Catalog:
         with self.database.transaction(durable=durable) as db:
             if (found := self.snapshot(snapshot)) is None:
                 return
-            _put_snapshot(db, change(found))
+            changed = change(found)
+            _put_snapshot(db, changed)
+            if found.removed_at is msgspec.UNSET and changed.removed_at is not msgspec.UNSET:
+                told = {"name": found.name}
+                note_event(db, "snapshot_removed", found.sandbox, found.id, None, told)
 
     def forget_snapshots(self, snapshots: list[str]) -> None:
         """Delete rows of removed snapshots, durably: before their files go."""

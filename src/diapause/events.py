@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
+import msgspec
+
 from diapause.model import EventKind
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def of_snapshot(before: str | None, row: Any, *, paused: bool) -> Told | None:
         return "packed", {"stored_bytes": sum(device.stored_bytes for device in row.devices)}
     if before != row.state and row.state == "failed":
         return "snapshot_failed", _cause(row.error)
-    if row.state == "captured" and row.error is not None:
+    if row.state == "captured" and row.error is not None and row.removed_at is msgspec.UNSET:
         return "pack_failed", _cause(row.error)
     return None
 

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from diapause.catalog import Catalog, Identity, SandboxRecord, SnapshotRecord
 from diapause.errors import NameInUse
@@ -93,6 +95,16 @@ def test_snapshots_are_saved_packed_or_lost(catalog: Catalog) -> None:
     assert found == [
         ("saved", "5a"), ("pack_failed", "5a"), ("packed", "5a"), ("snapshot_failed", "5a"),
     ]  # fmt: skip
+
+
+def test_a_snapshot_is_removed_once(catalog: Catalog) -> None:
+    catalog.put_snapshot(snapshot("packed", name="before"), durable=False)
+    for day in (1, 2):
+        removed_at = f"2026-01-0{day}T00:00:00Z"
+        change = partial(replace, name=None, removed_at=removed_at)
+        catalog.change_snapshot("5a", change, durable=False)
+    told = [(event.kind, event.detail) for event in catalog.journal.events()]
+    assert told[1:] == [("snapshot_removed", {"name": "before"})]
 
 
 def test_a_row_that_is_not_written_tells_nothing(catalog: Catalog) -> None:

@@ -341,6 +341,7 @@ impl Core {
             self.sessions.detach_all();
         }
         let failed = self.system.apply(&hello);
+        self.system.note("greeted", hello.operation.as_deref());
         let welcome = Welcome {
             protocol: PROTOCOL,
             nonce: hello.nonce,
@@ -444,6 +445,8 @@ impl Core {
         let Ok(request) = serde_json::from_slice::<Request>(payload) else {
             return self.refuse("its FREEZE can't be read");
         };
+        self.system
+            .note("freezes file systems", request.operation.as_deref());
         let enabled = self.system.is_enabled();
         if let Some(answer) = self.freezer.freeze(request.id, enabled, Instant::now()) {
             self.outbox.push(kind::FROZEN, 0, &to_json(&answer));
@@ -455,6 +458,8 @@ impl Core {
             return self.refuse("its THAW can't be read");
         };
         let answer = self.freezer.thaw(request.id);
+        self.system
+            .note("thawed file systems", request.operation.as_deref());
         self.outbox.push(kind::THAWED, 0, &to_json(&answer));
     }
 }

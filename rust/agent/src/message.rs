@@ -32,6 +32,9 @@ pub struct Hello {
     /// What a clone is called from now on.
     #[serde(default)]
     pub identity: Option<Identity>,
+    /// What the host does this for: the id that its log and its journal have.
+    #[serde(default)]
+    pub operation: Option<String>,
 }
 
 /// What makes a clone itself.
@@ -155,10 +158,13 @@ pub struct Resize {
 }
 
 /// FREEZE and THAW.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct Request {
     /// Echoed in the answer.
     pub id: u64,
+    /// As in HELLO.
+    #[serde(default)]
+    pub operation: Option<String>,
 }
 
 /// FROZEN and THAWED.

@@ -15,6 +15,7 @@ use nix::time::{clock_gettime, clock_settime, ClockId};
 use crate::message::{decode_hex, Hello, Identity};
 
 const ENTROPY_LEN: usize = 64;
+const OPERATION_MAX: usize = 64;
 
 mod requests {
     //! The two requests of the kernel's random device.
@@ -83,6 +84,25 @@ impl System {
         }
         failed
     }
+
+    /// Writes to the kernel's log what the host asks for, and by which id it knows that.
+    ///
+    /// It is for people: where it can't be written, nothing else changes.
+    pub fn note(&self, what: &str, operation: Option<&str>) {
+        let line = operation.and_then(|operation| note_line(what, operation));
+        if let (true, Some(line)) = (self.enabled, line) {
+            let log = File::options().write(true).open("/dev/kmsg");
+            let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
+        }
+    }
+}
+
+/// The line of the kernel's log for one exchange; none for an id that is no id.
+fn note_line(what: &str, operation: &str) -> Option<String> {
+    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    let is_id = (1..=OPERATION_MAX).contains(&operation.len()) && operation.bytes().all(is_plain);
+    // 7, debug: in the log, and not on a console that somebody reads.
+    is_id.then(|| format!("<7>diapause-agent: {what} for operation {operation}\n"))
 }
 
 fn invalid() -> io::Error {
@@ -234,6 +254,17 @@ mod tests {
             identity("a", "xyz"),
         ] {
             assert!(write_identity(root.path(), &wrong).is_err());
+        }
+    }
+
+    #[test]
+    fn only_an_id_gets_into_the_kernel_log() {
+        assert_eq!(
+            note_line("greeted", "0123-ab").as_deref(),
+            Some("<7>diapause-agent: greeted for operation 0123-ab\n")
+        );
+        for wrong in ["", "a b", "a\n<0>panic", "A", &"a".repeat(65)] {
+            assert_eq!(note_line("greeted", wrong), None);
         }
     }
 

@@ -57,6 +57,7 @@ class Hello(msgspec.Struct, kw_only=True):
     entropy: str
     identity: Identity | None = None
     protocol: int = PROTOCOL
+    operation: str | None = None  # for the guest's kernel log; an agent of before ignores it
 
 
 class Welcome(msgspec.Struct, kw_only=True):
@@ -127,6 +128,7 @@ class Request(msgspec.Struct, kw_only=True):
     """Payload of FREEZE and THAW."""
 
     id: int
+    operation: str | None = None
 
 
 class Filesystems(msgspec.Struct, kw_only=True):
