@@ -174,6 +174,30 @@ def write_out(buffer: str, out: str) -> CaptureInfo:
 def capture_info(path: str) -> CaptureInfo:
     """Read the head of a capture file or buffer."""
 
+def check_blobs(blobs: list[tuple[str, str, str]], threads: int = 2) -> list[tuple[int, str, bool]]:
+    """Read blobs whole: (kind, path, what it has to be), on threads, in bounded memory.
+
+    Kinds: ``build`` and its id, ``header`` or ``whole`` and the digest, ``flat`` and the path of
+    its sums. Returns the number of each that is not right, the cause, and whether it is missing.
+    """
+
+def sum_flat(flat: str, out: str, threads: int = 1) -> int:
+    """Write the digests of a flat file's chunks to the new file `out`; returns the bytes read."""
+
+@final
+class HeaderDifference:
+    """What two headers of one device map differently; extents are (first page, pages)."""
+
+    changed_pages: int
+    zeroed_pages: int  # of the changed ones
+    extent_count: int
+    extents: list[tuple[int, int]]
+
+def header_difference(
+    old: str, old_digest: str, new: str, new_digest: str, limit: int = 0
+) -> HeaderDifference:
+    """Compare two headers, verified to their ends; at most `limit` extents are listed."""
+
 def blake3_file(path: str) -> str:
     """BLAKE3-256 of a file, streamed."""
 

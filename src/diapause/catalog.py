@@ -222,6 +222,11 @@ class Catalog:
                 told = {"name": found.name}
                 note_event(db, "snapshot_removed", found.sandbox, found.id, None, told)
 
+    def integrity(self) -> list[str]:
+        """What SQLite finds wrong with the file; nothing where it is whole."""
+        rows = self.database.connection().execute("PRAGMA integrity_check")
+        return [str(line) for (line,) in rows if line != "ok"]
+
     def forget_snapshots(self, snapshots: list[str]) -> None:
         """Delete rows of removed snapshots, durably: before their files go."""
         with self.database.transaction(durable=True) as db:

@@ -192,6 +192,87 @@ class GcAnswer(Answer):
     phases_ms: dict[str, float] = {}
 
 
+class CheckRequest(Strict):
+    """Read everything; with `repair` make again what can be, and say what can't."""
+
+    repair: bool = False
+
+
+class Damage(Answer):
+    """A blob that is not what it has to be, whom that costs, and how it was mended."""
+
+    blob: str
+    cause: str
+    missing: bool = False
+    snapshots: list[str] = []
+    sandboxes: list[str] = []
+    repaired: str | None = None
+
+
+class CheckAnswer(Answer):
+    """What a check read and found. `recorded` flat files were given digests by this check; `stale`
+    ones are never used and are made again when they are needed."""
+
+    damage: list[Damage]
+    blobs: int
+    recorded: int = 0
+    stale: int = 0
+
+
+class DfRow(Answer):
+    """What one kind of file takes, as allocated on the disk, and what of it gc would free."""
+
+    kind: str
+    count: int
+    bytes: int
+    gc_bytes: int
+
+
+class DfSnapshot(Answer):
+    """What a snapshot takes: alone, together with others, and as flat files that can be remade."""
+
+    id: str
+    name: str | None
+    unique_bytes: int
+    shared_bytes: int
+    flat_bytes: int
+
+
+class DfAnswer(Answer):
+    """What takes the space of a home."""
+
+    rows: list[DfRow]
+    snapshots: list[DfSnapshot]
+    total_bytes: int
+    gc_bytes: int
+    free_bytes: int
+
+
+class DeviceDifference(Answer):
+    """What differs between two snapshots of one device; extents are (first page, pages)."""
+
+    name: str
+    pages: int
+    bytes: int
+    zeroed_pages: int
+    extent_count: int
+    extents: list[tuple[int, int]]
+
+
+class DiffRequest(Strict):
+    """The snapshot to compare with."""
+
+    other: str
+
+
+class DiffAnswer(Answer):
+    """`snapshot diff`: by the headers, without reading a page."""
+
+    old: str
+    new: str
+    devices: list[DeviceDifference]
+
+
 class SandboxRow(Answer):
     """A line of `ps`."""
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from diapause.cli.tree import lineage, tree_lines
+from diapause.model import SnapshotDetail
 from tests.framework.fake_home import FakeHome
 
 
@@ -24,3 +28,52 @@ def test_gc_says_what_went_or_would_go(place: FakeHome) -> None:
     done = place.run("gc", "--dry-run")
     assert done.stdout.split() == [b"KIND", b"NAME", b"SIZE", b"build", b"b1", b"4.0", b"KiB"]
     assert b"would free 4.0 KiB" in done.stderr
+
+
+def test_check_exits_with_the_code_of_damage_unless_it_is_mended(place: FakeHome) -> None:
+    found = place.json("check", code=40)
+    assert found["damage"][0]["blob"] == "builds/b1"
+    done = place.run("check", "--repair")
+    assert done.returncode == 0
+    assert b"made again" in done.stdout
+    assert b"0 left" in done.stderr
+
+
+def test_df_says_what_gc_frees(place: FakeHome) -> None:
+    assert place.json("df")["gc_bytes"] == 4096
+    done = place.run("df")
+    assert b"8.0 KiB" in done.stdout
+    assert b"`diapause gc` frees 4.0 KiB" in done.stderr
+
+
+def test_snapshots_are_compared_verified_and_shown_as_a_tree(place: FakeHome) -> None:
+    place.sandbox()
+    first, second, third = (place.json("snapshot", "save", "web")["snapshot"] for _ in range(3))
+    assert place.json("snapshot", "verify", first) == {
+        "damage": [], "blobs": 3, "recorded": 0, "stale": 0,
+    }  # fmt: skip
+    assert place.json("snapshot", "diff", first, second)["devices"][0]["extents"] == [[3, 2]]
+    assert b"8.0 KiB" in place.run("snapshot", "diff", first, second).stdout
+    [root] = place.json("snapshot", "tree")
+    assert (root["id"], root["children"][0]["id"]) == (first, second)
+    place.json("snapshot", "rm", second)
+    lines = place.run("snapshot", "tree").stdout.decode().splitlines()
+    assert lines[0].startswith(first)
+    assert lines[1].startswith(third)
+    assert "its parent was removed" in lines[1]
+
+
+def test_a_lineage_of_thousands_is_one_tree() -> None:
+    """Deeper than any recursion of ours."""
+    one = SnapshotDetail(
+        id="0", name=None, sandbox="s", parent=None, state="packed", durability="disk",
+        pending_bytes=0, devices=[], error=None, created_at="", image="tiny", memory_bytes=0,
+        stored_bytes=0, vmm={},
+    )  # fmt: skip
+    chain = [
+        msgspec.structs.replace(one, id=str(n), parent=str(n - 1) if n else None)
+        for n in range(3000)
+    ]
+    roots = lineage(chain)
+    assert len(roots) == 1
+    assert len(list(tree_lines(roots))) == 3000

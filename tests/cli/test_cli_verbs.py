@@ -254,6 +254,6 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "freeze", "thaw",
         "completion", "events",
         "cp",
-        "snapshot rm", "gc",
         "support-bundle", "system reset",
+        "snapshot rm", "gc", "check", "df", "snapshot verify", "snapshot diff", "snapshot tree",
     }  # fmt: skip

@@ -338,6 +338,29 @@ class FakeEngine:
             phases_ms={"total": 1.0},
         )  # fmt: skip
 
+    def check(self, request: model.CheckRequest) -> model.CheckAnswer:
+        damage = model.Damage(blob="builds/b1", cause="bad frame", snapshots=["5a"])
+        if request.repair:
+            damage.repaired = "made again"
+        return model.CheckAnswer(damage=[damage], blobs=7)
+
+    def verify_snapshot(self, reference: str) -> model.CheckAnswer:
+        self.inspect_snapshot(reference)
+        return model.CheckAnswer(damage=[], blobs=3)
+
+    def df(self) -> model.DfAnswer:
+        row = model.DfRow(kind="build", count=2, bytes=8192, gc_bytes=4096)
+        return model.DfAnswer(
+            rows=[row], snapshots=[], total_bytes=8192, gc_bytes=4096, free_bytes=1 << 30
+        )
+
+    def diff_snapshots(self, old: str, new: str) -> model.DiffAnswer:
+        first, second = self.inspect_snapshot(old), self.inspect_snapshot(new)
+        device = model.DeviceDifference(
+            name="memory", pages=2, bytes=8192, zeroed_pages=1, extent_count=1, extents=[(3, 2)]
+        )
+        return model.DiffAnswer(old=first.id, new=second.id, devices=[device])
+
     def console_log(self, reference: str) -> Path:
         directory = self.home.sandbox(self._find(reference).sandbox)
         directory.mkdir(exist_ok=True)

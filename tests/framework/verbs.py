@@ -26,13 +26,14 @@ import pkgutil
 from typing import TYPE_CHECKING, ClassVar
 
 import diapause.sandbox
-from diapause.model import GcRequest, RunRequest
+from diapause.model import CheckRequest, GcRequest, RunRequest
 from diapause.sandbox.freeze import Freeze, Thaw
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.remove import Remove
 from diapause.sandbox.resume import Boot, Fork, Resume
 from diapause.sandbox.upkeep.collect import Gc
 from diapause.sandbox.upkeep.forget import RemoveSnapshot
+from diapause.sandbox.upkeep.repair import Repair
 from diapause.sandbox.verb import Verb
 from tests.framework import coupled
 from tests.framework.fake_home import eventually
@@ -256,6 +257,19 @@ class _Gc(Makes):
         return ground.daemon.client.gc(GcRequest())
 
     def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
+        with ground.guest().forked(ground.base) as fork:
+            coupled.check(fork)
+
+
+class _Repair(Makes):
+    verb, commit = Repair, "rows"
+    after = "gone"
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        return ground.daemon.client.check(CheckRequest(repair=True))
+
+    def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
+        assert ground.daemon.client.check(CheckRequest()).damage == []
         with ground.guest().forked(ground.base) as fork:
             coupled.check(fork)
 

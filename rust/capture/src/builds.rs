@@ -5,11 +5,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use diapause_format::{hex, BuildTable, Decoder, Digest, FormatError, FRAME_BYTES};
+use diapause_format::{digest16, hex, BuildTable, Decoder, Digest, FormatError, FRAME_BYTES};
 
 use crate::error::{Error, Result};
+use crate::threads::for_each_part;
 
 /// Builds open at once, far below any limit on descriptors.
 pub(crate) const OPEN_BUILDS_MAX: usize = 256;
@@ -49,6 +51,22 @@ impl OpenBuild {
 
     fn error(&self, error: FormatError) -> Error {
         Error::reading(&hex(self.table.id()), &self.path, error)
+    }
+
+    fn check_piece(&self, first: u64, last: u64, stored: &mut Vec<u8>) -> Result<()> {
+        let (start, end) = (self.table.frame(first).offset, self.table.frame(last));
+        stored.resize((end.offset + u64::from(end.length) - start) as usize, 0);
+        self.file
+            .read_exact_at(stored, start)
+            .map_err(|cause| self.error(FormatError::Io(cause)))?;
+        for number in first..=last {
+            let entry = self.table.frame(number);
+            let from = (entry.offset - start) as usize;
+            if digest16(&stored[from..from + entry.length as usize]) != entry.digest {
+                return Err(self.error(FormatError::BadFrame { frame: number }));
+            }
+        }
+        Ok(())
     }
 
     /// Reads frames `first..=last` with one read and decodes those that `wanted` says (bit 0:
@@ -139,6 +157,45 @@ impl Builds {
         self.open.insert(*id, build.clone());
         Ok(build)
     }
+}
+
+/// Bytes of stored frames that a check reads at once.
+const CHECK_BYTES: u64 = 1 << 20;
+
+/// Compares every stored frame of a build with its checksum, decompressing none.
+///
+/// # Errors
+/// Damaged, storage.
+pub(crate) fn check_frames(build: &OpenBuild, threads: usize) -> Result<()> {
+    let pieces = check_pieces(&build.table);
+    let next = AtomicUsize::new(0);
+    let work = |_| -> Result<()> {
+        let mut stored = Vec::new();
+        while let Some((first, last)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            build.check_piece(*first, *last, &mut stored)?;
+        }
+        Ok(())
+    };
+    for_each_part(0..threads.clamp(1, pieces.len().max(1)), work)
+        .into_iter()
+        .collect()
+}
+
+/// Runs of frames, first and last, that are stored in about as much as is read at once.
+fn check_pieces(table: &BuildTable) -> Vec<(u64, u64)> {
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut end = 0;
+    for number in 0..table.frame_count() {
+        let frame = table.frame(number);
+        match pieces.last_mut() {
+            Some(piece) if frame.offset + u64::from(frame.length) <= end => piece.1 = number,
+            _ => {
+                pieces.push((number, number));
+                end = frame.offset + CHECK_BYTES;
+            }
+        }
+    }
+    pieces
 }
 
 /// Reads the whole build at `path` and verifies every byte; returns its pages.

@@ -5,6 +5,7 @@
 
 mod archive;
 mod capture_file;
+mod check;
 mod errors;
 mod freeze;
 mod header;
@@ -21,6 +22,7 @@ fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("FRAME_PAGES", 16)?;
     archive::register(module)?;
     capture_file::register(module)?;
+    check::register(module)?;
     freeze::register(module)?;
     header::register(module)?;
     materialize::register(module)?;

@@ -30,7 +30,8 @@ _VERBS = {
     for name, module in {
         "doctor": "doctor", "image": "image", "run": "run", "ps": "ps", "inspect": "inspect",
         "logs": "logs", "exec": "exec", "rm": "rm", "pause": "pause", "resume": "resume",
-        "fork": "fork", "snapshot": "snapshot", "gc": "gc", "serve": "serve", "freeze": "freeze",
+        "fork": "fork", "snapshot": "snapshot", "gc": "gc", "check": "check", "df": "df",
+        "serve": "serve", "freeze": "freeze",
         "thaw": "freeze",
         "completion": "completion",
         "events": "events",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from diapause.cli.capture_options import capture_options
+from diapause.cli.check import show
 from diapause.cli.context import Context, json_option, pass_context
 from diapause.cli.figures import capture_line
 from diapause.cli.output import data, json_document, pretty, say, table
 from diapause.cli.removal import remove_each
+from diapause.cli.tree import lineage, tree_lines
 from diapause.model import CaptureRequest, Durability
 from diapause.units import format_size
 
@@ -20,6 +24,19 @@ Examples:
 _LS_EXAMPLES = """\b
 Examples:
   diapause snapshot ls"""
+
+_VERIFY_EXAMPLES = """\b
+Examples:
+  diapause snapshot verify before-upgrade"""
+
+_DIFF_EXAMPLES = """\b
+Examples:
+  diapause snapshot diff before-upgrade after-upgrade"""
+
+_TREE_EXAMPLES = """\b
+Examples:
+  diapause snapshot tree
+  diapause snapshot tree --json | jq '.[].children'"""
 
 _RM_EXAMPLES = """\b
 Examples:
@@ -111,3 +128,47 @@ def remove_snapshots(context: Context, snapshots: tuple[str, ...]) -> int:
         return answer.removed, answer.already
 
     return remove_each(context, snapshots, remove)
+
+
+@snapshot.command(epilog=_VERIFY_EXAMPLES)
+@click.argument("snapshot")
+@json_option
+@pass_context
+def verify(context: Context, snapshot: str) -> int:
+    """Read all that a snapshot is made of. Exits with 40 where something is damaged."""
+    return show(context, context.client().verify_snapshot(snapshot))
+
+
+@snapshot.command(epilog=_DIFF_EXAMPLES)
+@click.argument("old")
+@click.argument("new")
+@json_option
+@pass_context
+def diff(context: Context, old: str, new: str) -> None:
+    """Show what differs between two snapshots, device by device; reads headers, not pages."""
+    answer = context.client().diff_snapshots(old, new)
+    if context.json:
+        json_document(answer)
+        return
+    rows = [
+        [
+            one.name, str(one.pages), format_size(one.bytes), str(one.zeroed_pages),
+            str(one.extent_count),
+        ]
+        for one in answer.devices
+    ]  # fmt: skip
+    table(["device", "pages", "size", "zeroed", "extents"], rows)
+
+
+@snapshot.command(epilog=_TREE_EXAMPLES)
+@json_option
+@pass_context
+def tree(context: Context) -> None:
+    """Show the lineage of the snapshots; one whose parent was removed begins a tree."""
+    roots = lineage(context.client().snapshots())
+    if context.json:
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), 100_000))  # as deep as a lineage is long
+        json_document(roots)
+        return
+    for line in tree_lines(roots):
+        data(line)

@@ -148,6 +148,24 @@ class Client:
         """Delete what nothing refers to."""
         return self._call("POST", "/v1/gc", model.GcAnswer, request)
 
+    def check(self, request: model.CheckRequest) -> model.CheckAnswer:
+        """Read everything, and with `repair` make again what can be."""
+        return self._call("POST", "/v1/check", model.CheckAnswer, request)
+
+    def verify_snapshot(self, reference: str) -> model.CheckAnswer:
+        """Read all that one snapshot is made of."""
+        path = f"/v1/snapshots/{segment(reference)}/verify"
+        return self._call("POST", path, model.CheckAnswer)
+
+    def df(self) -> model.DfAnswer:
+        """What takes the space of the home."""
+        return self._call("GET", "/v1/df", model.DfAnswer)
+
+    def diff_snapshots(self, old: str, new: str) -> model.DiffAnswer:
+        """What differs between two snapshots."""
+        path = f"/v1/snapshots/{segment(old)}/diff"
+        return self._call("POST", path, model.DiffAnswer, model.DiffRequest(other=new))
+
     def logs(
         self, reference: str, follow: bool = False, tail: int | None = None
     ) -> Iterator[bytes]:

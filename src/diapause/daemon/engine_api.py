@@ -15,6 +15,10 @@ from diapause.guest.session import ExecRequest
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
+    CheckAnswer,
+    CheckRequest,
+    DfAnswer,
+    DiffAnswer,
     DoctorAnswer,
     Event,
     ForkAnswer,
@@ -118,6 +122,18 @@ class Engine(Protocol):
 
     def gc(self, request: GcRequest) -> GcAnswer:
         """Delete what nothing refers to."""
+
+    def check(self, request: CheckRequest) -> CheckAnswer:
+        """Read everything, and with `repair` make again what can be."""
+
+    def verify_snapshot(self, reference: str) -> CheckAnswer:
+        """Read all that one snapshot is made of."""
+
+    def df(self) -> DfAnswer:
+        """What takes the space of the home."""
+
+    def diff_snapshots(self, old: str, new: str) -> DiffAnswer:
+        """What differs between two snapshots."""
 
     def console_log(self, reference: str) -> Path:
         """The file that the guest's console is written to."""

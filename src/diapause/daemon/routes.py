@@ -174,5 +174,20 @@ ROUTES: tuple[Route, ...] = (
         "POST", "/v1/gc", "gc", "Delete what nothing refers to", model.GcAnswer, model.GcRequest,
         lambda engine, call: engine.gc(call.body), body_needed=False,
     ),
+    Route(
+        "POST", "/v1/check", "check", "Read everything and name what is damaged",
+        model.CheckAnswer, model.CheckRequest, lambda engine, call: engine.check(call.body),
+        body_needed=False,
+    ),
+    Route(
+        "POST", "/v1/snapshots/{ref}/verify", "verifySnapshot", "Read all of one snapshot",
+        model.CheckAnswer, handler=lambda engine, call: engine.verify_snapshot(call.ref),
+    ),
+    Route(
+        "POST", "/v1/snapshots/{ref}/diff", "diffSnapshots", "What differs from another snapshot",
+        model.DiffAnswer, model.DiffRequest,
+        lambda engine, call: engine.diff_snapshots(call.ref, call.body.other),
+    ),
+    _get("/v1/df", "df", "What takes space", model.DfAnswer, lambda engine, call: engine.df()),
     Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),
 )  # fmt: skip

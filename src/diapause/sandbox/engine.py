@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from diapause.model import (
         CaptureAnswer,
         CaptureRequest,
+        CheckAnswer,
+        CheckRequest,
+        DfAnswer,
+        DiffAnswer,
         DoctorAnswer,
         Event,
         ForkAnswer,
@@ -184,6 +188,22 @@ class Engine:
     def gc(self, request: GcRequest) -> GcAnswer:
         """Delete what nothing refers to."""
         return self._upkeep.gc(request)
+
+    def check(self, request: CheckRequest) -> CheckAnswer:
+        """Read everything, and with `repair` make again what can be."""
+        return self._upkeep.check(request)
+
+    def verify_snapshot(self, reference: str) -> CheckAnswer:
+        """Read all that one snapshot is made of."""
+        return self._upkeep.verify(reference)
+
+    def df(self) -> DfAnswer:
+        """What takes the space of the home."""
+        return self._upkeep.df()
+
+    def diff_snapshots(self, old: str, new: str) -> DiffAnswer:
+        """What differs between two snapshots."""
+        return self._upkeep.diff(old, new)
 
     # -- exec ------------------------------------------------------------------------------------
 

@@ -128,6 +128,16 @@ class FlatStore:
             replace_file(known_path, msgspec.json.encode(fresh), self._home.tmp, sync=False)
         return Flat({name: place / name for name in known.files}, made=False)
 
+    def known_files(self, snapshot: str) -> list[str] | None:
+        """The flat files of a snapshot as they were verified; None where they may not be used."""
+        place = self._home.flat_of(snapshot)
+        try:
+            known = msgspec.json.decode((place / "flat.json").read_bytes(), type=_Record)
+        except (msgspec.DecodeError, FileNotFoundError):
+            return None
+        touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
+        return None if touched or known.boot_id != boot_id() else list(known.files)
+
     def _verify_touched(self, record: SnapshotRecord, known: _Record) -> _Record:
         """Read again, whole, every blob that is not as it was when the flat files were made."""
         blobs = dict(known.blobs)

@@ -1,20 +1,35 @@
-"""The verbs that keep a home in order."""
+"""The verbs that keep a home in order, and those that look at snapshots without a guest."""
 
 from __future__ import annotations
 
 import threading
 
-from diapause.errors import SnapshotNotFound
-from diapause.model import GcAnswer, GcRequest, RemoveSnapshotAnswer
+from diapause import _core
+from diapause.errors import InvalidRequest, SnapshotLost, SnapshotNotFound
+from diapause.limits import DIFF_EXTENTS_MAX
+from diapause.model import (
+    CheckAnswer,
+    CheckRequest,
+    DeviceDifference,
+    DfAnswer,
+    DiffAnswer,
+    GcAnswer,
+    GcRequest,
+    RemoveSnapshotAnswer,
+)
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_snapshot
-from diapause.sandbox.upkeep import world
+from diapause.sandbox.upkeep import space, world
+from diapause.sandbox.upkeep.check import check
 from diapause.sandbox.upkeep.collect import Found, Gc
 from diapause.sandbox.upkeep.forget import RemoveSnapshot, check_unused, kept_for
+from diapause.sandbox.upkeep.repair import Repair
+from diapause.snapshot.headers import Headers
+from diapause.units import PAGE_SIZE
 
 
 class Upkeep(Part):
-    """`snapshot rm`, `gc`."""
+    """`snapshot rm|verify|diff`, `gc`, `check`, `df`."""
 
     _one = threading.Lock()  # a removal looks and then writes
 
@@ -41,3 +56,51 @@ class Upkeep(Part):
             verb = Gc(self.host)
             verb.execute()
         return verb.answer()
+
+    def check(self, request: CheckRequest) -> CheckAnswer:
+        """Read everything, and with `repair` make again what can be."""
+        if not request.repair:
+            return check(self.host)
+        verb = Repair(self.host)
+        verb.execute()
+        return verb.found
+
+    def verify(self, reference: str) -> CheckAnswer:
+        """Read all that one snapshot is made of."""
+        record = find_snapshot(self.catalog, reference)
+        if record.state == "failed":
+            cause = (record.error or {}).get("message", "unknown")
+            raise SnapshotLost(snapshot=record.id, cause=cause)
+        return check(self.host, record)
+
+    def df(self) -> DfAnswer:
+        """What takes the space of the home."""
+        return space.measure(self.host)
+
+    def diff(self, old: str, new: str) -> DiffAnswer:
+        """What differs between two snapshots, device by device, by their headers alone."""
+        first, second = find_snapshot(self.catalog, old), find_snapshot(self.catalog, new)
+        sizes = [[(d.name, d.size_bytes) for d in row.devices] for row in (first, second)]
+        if sizes[0] != sizes[1]:
+            cause = "their devices are not of the same names and sizes"
+            raise InvalidRequest(what=f"Comparing {first.id} with {second.id}", cause=cause)
+        host = self.host
+        found = []
+        with Headers(host.home, self.catalog, host.templates, host.leases) as headers:
+            for name, _ in sizes[0]:
+                before, after = headers.of(first, name), headers.of(second, name)
+                seen = _core.header_difference(
+                    str(before.path), before.digest, str(after.path), after.digest,
+                    DIFF_EXTENTS_MAX,
+                )  # fmt: skip
+                found.append(
+                    DeviceDifference(
+                        name=name,
+                        pages=seen.changed_pages,
+                        bytes=seen.changed_pages * PAGE_SIZE,
+                        zeroed_pages=seen.zeroed_pages,
+                        extent_count=seen.extent_count,
+                        extents=seen.extents,
+                    )
+                )
+        return DiffAnswer(old=first.id, new=second.id, devices=found)
