@@ -296,6 +296,17 @@ class VmmInfo(Answer):
     pid: int
 
 
+class Confinement(Answer):
+    """What confines the VMM process of a sandbox, as /proc shows it now."""
+
+    uid: int
+    namespaces: list[str]  # those that are not the daemon's
+    capabilities: str  # hexadecimal digits, or "none"
+    no_new_privs: bool
+    seccomp: str
+    cgroup: str  # "none": it has no limits of its own
+
+
 class SandboxDetail(Answer):
     """`inspect` of a sandbox."""
 
@@ -316,6 +327,7 @@ class SandboxDetail(Answer):
     hostname: str
     doing: str | None  # the journal's open verb and step
     directory: str
+    confinement: Confinement | None = None  # of a VMM that runs
     net: str = "none"
     ports: list[PortForward] = []
 

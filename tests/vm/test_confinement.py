@@ -127,6 +127,29 @@ def test_a_boot_is_confined_as_well(booted: Sandbox) -> None:
     assert int(status_of(booted.vmm_pid)["Uid"].split()[0]) >= UID_FIRST
 
 
+def test_inspect_says_what_the_kernel_says(guest: Sandbox) -> None:
+    """Read from the process, so it goes with it."""
+    found = guest.inspect().confinement
+    assert found is not None
+    assert found.uid == int(status_of(guest.vmm_pid)["Uid"].split()[0])
+    assert set(found.namespaces) >= {"mount", "pid", "ipc", "uts", "net"}
+    assert (found.capabilities, found.no_new_privs, found.seccomp) == ("none", True, "filter")
+    assert found.cgroup == "none"
+    guest.pause()
+    assert guest.inspect().confinement is None
+
+
+def test_doctor_says_it_of_a_guest_that_it_started(daemon: Daemon) -> None:
+    """One line for each part; what is missing says what that costs."""
+    checks = {check.name: check for check in daemon.client.doctor().checks}
+    for name in ("vmm user", "vmm namespaces", "vmm rights", "yama"):
+        assert checks[name].ok, checks[name]
+    assert "uid" in checks["vmm user"].detail or "user" in checks["vmm user"].detail
+    assert not checks["vmm cgroup"].ok
+    assert checks["vmm cgroup"].fix
+    assert not any(check.required for name, check in checks.items() if name.startswith("vmm "))
+
+
 def _libraries(held: set[Path]) -> set[Path]:
     """The preloaded library: a file that nobody but its owner can write."""
     found = {path for path in held if path.name == "libdiapause_tracker.so"}

@@ -16,6 +16,7 @@ from diapause.errors import DiapauseError
 from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, Check, DoctorAnswer, ResumeRequest, RunRequest
 from diapause.sandbox.admit import available_memory
+from diapause.sandbox.confinement import confinement_checks
 from diapause.sandbox.verb import new_id
 from diapause.store.files import remove_tree
 from diapause.store.home import SCRATCH_START, Home
@@ -167,6 +168,9 @@ def _attempts(trial: Engine) -> list[Check]:
         return [_failed("boot", error)]
     checks = [Check(name="boot", ok=True, detail=f"agent after {ran.ready_ms:.0f} ms")]
     try:
+        machine = trial.host.guests[ran.sandbox].machine
+        assert machine is not None
+        checks += confinement_checks(machine.process.pid)
         for name, attempt in _ATTEMPTS.items():
             try:
                 checks.append(attempt(trial, ran.sandbox))

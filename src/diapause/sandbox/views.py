@@ -17,6 +17,7 @@ from diapause.model import (
     SnapshotState,
     VmmInfo,
 )
+from diapause.sandbox.confinement import confinement_of
 from diapause.snapshot.capture import CaptureFiles
 from diapause.units import pages
 
@@ -49,7 +50,7 @@ def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
         accelerator=record.identity.accelerator if record.identity else None,
         tracker=record.tracker, hostname=record.hostname, net=record.net, ports=record.ports,
         doing=_doing(host.catalog, record.id),
-        directory=str(host.home.sandbox(record.id)),
+        directory=str(host.home.sandbox(record.id)), confinement=confinement_of(record),
     )  # fmt: skip
 
 
