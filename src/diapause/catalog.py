@@ -77,6 +77,7 @@ class SandboxRecord(msgspec.Struct, kw_only=True):
     agent: bool = True
     net: str = "none"
     ports: list[PortForward] = []
+    cold: bool = False  # it was booted on its disk: its memory is not its snapshot's
     error: dict[str, Any] | None = None
     reason: str | None = None
 
@@ -126,6 +127,7 @@ class SnapshotRecord(msgspec.Struct, kw_only=True):
     net: str = "none"
     # When somebody removed it: nobody sees it any more, and gc takes it when nothing stands on it.
     removed_at: str | msgspec.UnsetType = msgspec.UNSET
+    cold: bool = False  # its memory is over zero: the guest was booted since the parent
 
 
 # Made once: two threads that first decode one type at the same time have crashed msgspec.

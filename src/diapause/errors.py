@@ -219,6 +219,13 @@ class ConfinementFailed(DiapauseError):
     hint = "`diapause doctor` says what this host grants; nothing was left running."
 
 
+class RestoreFailed(DiapauseError):
+    """Restoring sandbox {sandbox} to snapshot {snapshot} failed: {cause} It is {state} now."""
+
+    code, exit_code, status = "restore_failed", 37, 500
+    hint = "What it was before is saved as: {saved}. `diapause restore {sandbox} {snapshot}` again."
+
+
 class BlobDamaged(DiapauseError):
     """Blob {blob} is damaged: {cause}."""
 

@@ -75,10 +75,17 @@ class CaptureRequest(Strict):
 
 
 class ResumeRequest(Strict):
-    """Bring a paused sandbox back."""
+    """Bring a paused sandbox back; or boot one that ended, `cold`."""
 
     memory_mode: Literal["ondemand", "copy"] = "copy"
     cold: bool = False
+
+
+class RestoreRequest(Strict):
+    """Put a sandbox back to a snapshot; with `discard` its present state is not saved first."""
+
+    snapshot: str
+    discard: bool = False
 
 
 class ForkRequest(Strict):
@@ -139,6 +146,19 @@ class ResumeAnswer(Answer):
     source: Literal["capture", "local", "store", "peer"]
     phases_ms: dict[str, float]
     snapshot: str | None = None
+    disk: Literal["own", "snapshot"] | None = None  # of a cold one: which disk it was booted on
+    already: bool = False
+    notes: list[str] = []
+
+
+class RestoreAnswer(Answer):
+    """What a restore did; `saved` is the snapshot of the state before, where there is one."""
+
+    sandbox: str
+    snapshot: str
+    saved: str | None
+    state: SandboxState
+    phases_ms: dict[str, float]
     already: bool = False
     notes: list[str] = []
 

@@ -27,6 +27,10 @@ def test_every_verb_answers_json_with_the_contracts_fields(place: FakeHome) -> N
     }  # fmt: skip
     assert place.json("freeze", "web").keys() >= {"sandbox", "frozen", "already"}
     assert place.json("thaw", "web")["frozen"] is False
+    assert place.json("restore", "web", "5a") == {
+        "sandbox": web, "snapshot": "5a", "saved": "5aved", "state": "running", "phases_ms": {},
+        "already": False, "notes": [],
+    }  # fmt: skip
     saved = place.json("snapshot", "save", "web", "--name", "before")
     assert saved.keys() >= CAPTURE
     forked = place.json("fork", "web", "-n", "3")
@@ -80,6 +84,8 @@ def test_people_read_one_line_with_the_figures(place: FakeHome) -> None:
     assert place.run("freeze", "web").stdout == b"froze ab0001 in 1.5 ms\n"
     assert place.run("freeze", "web").stdout == b"ab0001 was frozen already\n"
     assert place.run("thaw", "web").stdout == b"thawed ab0001 in 1.5 ms\n"
+    restored = place.run("restore", "web", "5a", "--discard").stdout.decode()
+    assert restored.endswith("running; what it was before is not saved\n")
     assert place.run("fork", "web", "-n", "2").stdout == b"ab0002\nab0003\n"
 
 
@@ -251,7 +257,7 @@ def test_the_verbs_are_those_of_the_contract() -> None:
     assert {" ".join(words) for words in VERBS} == {
         "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
-        "freeze", "thaw",
+        "freeze", "thaw", "restore",
         "completion", "events",
         "cp",
         "support-bundle", "system reset",

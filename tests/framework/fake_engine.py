@@ -301,6 +301,13 @@ class FakeEngine:
     def thaw(self, reference: str) -> model.FreezeAnswer:
         return self._set_frozen(reference, frozen=False)
 
+    def restore(self, reference: str, request: model.RestoreRequest) -> model.RestoreAnswer:
+        row = self._find(reference)
+        return model.RestoreAnswer(
+            sandbox=row.sandbox, snapshot=request.snapshot,
+            saved=None if request.discard else "5aved", state=row.state, phases_ms={},
+        )  # fmt: skip
+
     def _set_frozen(self, reference: str, *, frozen: bool) -> model.FreezeAnswer:
         row = self._find(reference)
         already = (row.state == "frozen") == frozen

@@ -26,6 +26,8 @@ from diapause.model import (
     CaptureRequest,
     ForkRequest,
     FreezeAnswer,
+    RestoreAnswer,
+    RestoreRequest,
     ResumeAnswer,
     ResumeRequest,
     RunRequest,
@@ -122,8 +124,11 @@ class Sandbox:
     def save(self, durability: str = "process", **more: Any) -> CaptureAnswer:
         return self._client.save(self.id, _capture(durability, more))
 
-    def resume(self) -> ResumeAnswer:
-        return self._client.resume(self.id, ResumeRequest())
+    def resume(self, *, cold: bool = False) -> ResumeAnswer:
+        return self._client.resume(self.id, ResumeRequest(cold=cold))
+
+    def restore(self, snapshot: str, *, discard: bool = False) -> RestoreAnswer:
+        return self._client.restore(self.id, RestoreRequest(snapshot=snapshot, discard=discard))
 
     def freeze(self) -> FreezeAnswer:
         return self._client.freeze(self.id)

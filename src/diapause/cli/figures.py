@@ -22,6 +22,8 @@ def resume_line(answer: ResumeAnswer) -> str:
     """What a resume did."""
     if answer.already:
         return f"{answer.sandbox} ran already"
-    kind = "warm" if answer.warm else "cold"
+    if not answer.warm:
+        disk = "its own disk" if answer.disk == "own" else f"the disk of {answer.snapshot}"
+        return f"booted {answer.sandbox}: cold, ready in {answer.ready_ms:.1f} ms on {disk}"
     ready = f"ready in {answer.ready_ms:.1f} ms from {answer.source}"
-    return f"resumed {answer.sandbox}: {kind}, {ready}"
+    return f"resumed {answer.sandbox}: warm, {ready}"

@@ -32,7 +32,7 @@ _VERBS = {
         "logs": "logs", "exec": "exec", "rm": "rm", "pause": "pause", "resume": "resume",
         "fork": "fork", "snapshot": "snapshot", "gc": "gc", "check": "check", "df": "df",
         "serve": "serve", "freeze": "freeze",
-        "thaw": "freeze",
+        "thaw": "freeze", "restore": "restore",
         "completion": "completion",
         "events": "events",
         "cp": "cp",

@@ -14,7 +14,8 @@ from diapause.model import ResumeRequest
 _EXAMPLES = """\b
 Examples:
   diapause resume web
-  diapause resume web --json | jq .ready_ms"""
+  diapause resume web --json | jq .ready_ms
+  diapause resume web --cold"""
 
 
 @click.command(epilog=_EXAMPLES)
@@ -32,7 +33,11 @@ Examples:
 def resume(
     context: Context, sandbox: str, memory_mode: Literal["ondemand", "copy"], cold: bool
 ) -> None:
-    """Bring a paused sandbox back to where it was. From: paused. To: running."""
+    """Bring a paused sandbox back to where it was. From: paused. To: running.
+
+    --cold boots a stopped or failed one on its own disk; where that is lost, on the disk of its
+    last snapshot that is whole, and the answer says so.
+    """
     answer = context.client().resume(sandbox, ResumeRequest(memory_mode=memory_mode, cold=cold))
     for note in answer.notes:
         say(note)

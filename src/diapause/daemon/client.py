@@ -127,6 +127,10 @@ class Client:
         """Bring a paused sandbox back."""
         return self._call("POST", _sandbox(reference, "/resume"), model.ResumeAnswer, request)
 
+    def restore(self, reference: str, request: model.RestoreRequest) -> model.RestoreAnswer:
+        """Put a sandbox back to a snapshot."""
+        return self._call("POST", _sandbox(reference, "/restore"), model.RestoreAnswer, request)
+
     def fork(self, request: model.ForkRequest) -> model.ForkAnswer:
         """Make new sandboxes from a sandbox or a snapshot."""
         return self._call("POST", "/v1/forks", model.ForkAnswer, request)

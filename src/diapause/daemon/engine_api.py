@@ -30,6 +30,8 @@ from diapause.model import (
     ImageInfo,
     RemoveAnswer,
     RemoveSnapshotAnswer,
+    RestoreAnswer,
+    RestoreRequest,
     ResumeAnswer,
     ResumeRequest,
     RunAnswer,
@@ -107,6 +109,9 @@ class Engine(Protocol):
 
     def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
         """Bring a paused sandbox back."""
+
+    def restore(self, reference: str, request: RestoreRequest) -> RestoreAnswer:
+        """Put a sandbox back to a snapshot."""
 
     def fork(self, request: ForkRequest) -> ForkAnswer:
         """Make new sandboxes from a sandbox or a snapshot."""

@@ -134,6 +134,11 @@ ROUTES: tuple[Route, ...] = (
         lambda engine, call: engine.resume(call.ref, call.body), body_needed=False,
     ),
     Route(
+        "POST", SANDBOX + "/restore", "restoreSandbox", "Put a sandbox back to a snapshot",
+        model.RestoreAnswer, model.RestoreRequest,
+        lambda engine, call: engine.restore(call.ref, call.body),
+    ),
+    Route(
         "POST", SANDBOX + "/snapshots", "saveSandbox", "Take a snapshot; the guest goes on",
         model.CaptureAnswer, model.CaptureRequest,
         lambda engine, call: engine.save(call.ref, call.body), body_needed=False,

@@ -88,5 +88,3 @@ def check_resume(request: ResumeRequest) -> None:
     """Refuse what a later version does."""
     if request.memory_mode == "ondemand":
         raise NotSupportedYet(what="Resuming with memory on demand")
-    if request.cold:
-        raise NotSupportedYet(what="A cold resume")

@@ -284,6 +284,7 @@ class Capture(Verb):
             dirty_source=self.rule, dirty_pages=self.frozen.page_count,
             frozen_ms=round(self.frozen.frozen_ms, 3), state_bytes=self.state_bytes,
             state_digest=self.state_digest, devices=self._devices(), net=record.net,
+            cold=record.cold,
         )  # fmt: skip
 
     def _devices(self) -> list[DeviceRecord]:
@@ -304,7 +305,7 @@ class Capture(Verb):
         """The row: from here on the capture is whole."""
         before = self.record
         after = msgspec.structs.replace(
-            before, snapshot=self.snapshot, captures=before.captures + 1,
+            before, snapshot=self.snapshot, captures=before.captures + 1, cold=False,
             overlays=[names[-1:] if self.goes_on else names for names in before.overlays],
         )  # fmt: skip
         durable = self.request.durability != "process"

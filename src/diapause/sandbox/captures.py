@@ -33,7 +33,7 @@ class Captures(Part):
                 return views.paused_already(self.catalog, record)
             require(record, "pause", "running", "frozen")
             verb = Pause(self.host, record, self.guest(record), request)
-            self._capture(verb)
+            self.capture(verb)
         if has_network(record):
             verb.notes.append(CUT_BY_PAUSE)
         return self.captured(verb)
@@ -50,10 +50,11 @@ class Captures(Part):
         """A save by whoever holds the sandbox."""
         require(record, "snapshot save", "running", "frozen")
         verb = Save(self.host, record, self.guest(record), request)
-        self._capture(verb)
+        self.capture(verb)
         return verb
 
-    def _capture(self, verb: Pause | Save) -> None:
+    def capture(self, verb: Pause | Save) -> None:
+        """Take it; what was committed is packed, whatever came after."""
         try:
             verb.execute()
         except BaseException:

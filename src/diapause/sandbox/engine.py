@@ -1,6 +1,6 @@
 """The engine: what one home can do, verb by verb. The daemon calls it from worker threads.
 
-The work is in its parts: `runs`, `captures`, `starts`, `freezes`.
+The work is in its parts: `runs`, `captures`, `starts`, `freezes`, `restores`.
 
 Each verb finds its sandbox, waits for its turn on it, reads the row again under the lock, answers
 what is done already, and otherwise runs its steps.
@@ -22,6 +22,7 @@ from diapause.sandbox.freezes import Freezes
 from diapause.sandbox.host import Host
 from diapause.sandbox.recovery import recover
 from diapause.sandbox.refer import find_sandbox, find_snapshot
+from diapause.sandbox.restores import Restores
 from diapause.sandbox.runs import Runs
 from diapause.sandbox.starts import Starts
 from diapause.sandbox.states import require
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
         ImageInfo,
         RemoveAnswer,
         RemoveSnapshotAnswer,
+        RestoreAnswer,
+        RestoreRequest,
         ResumeAnswer,
         ResumeRequest,
         RunAnswer,
@@ -72,6 +75,7 @@ class Engine:
         self._freezes = Freezes(host)
         self._upkeep = Upkeep(host)
         self._rotation = Rotation(host)
+        self._restores = Restores(host, self._captures)
 
     @property
     def host(self) -> Host:
@@ -172,8 +176,12 @@ class Engine:
         return self._freezes.thaw(reference)
 
     def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
-        """Bring a paused sandbox back, warm."""
+        """Bring a paused sandbox back, warm; boot one that ended, when asked for that."""
         return self._starts.resume(reference, request)
+
+    def restore(self, reference: str, request: RestoreRequest) -> RestoreAnswer:
+        """Put a sandbox back to a snapshot; its present state is saved first."""
+        return self._restores.restore(reference, request)
 
     def fork(self, request: ForkRequest) -> ForkAnswer:
         """New running sandboxes from a snapshot; a running source is saved first and goes on."""

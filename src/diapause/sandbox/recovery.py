@@ -12,6 +12,8 @@ nothing runs that no row names.
 | pause before its commit | running, pausing | the guest is thawed where it stands |
 | pause after its commit | pausing, a new snapshot | the VMM is ended, paused |
 | save before its commit | running | thawed; the sealed buffer's pages go into the next capture |
+| resume --cold | resuming | the VMM is ended, stopped or failed again |
+| restore | as before, or paused at the snapshot | what is left of the VMM is ended |
 | freeze | running | thawed where it stands |
 | thaw | frozen, running | as the row says |
 | rm | removing | removed |
@@ -112,7 +114,13 @@ def settle(host: Host, record: SandboxRecord) -> None:
         Remove(host, record).execute()
     elif record.state == "resuming":
         end_orphan(host, record.id)
-        _paused(host, record)
+        if any(operation.verb == "cold" for operation in operations):
+            ended_again(host, record)
+        else:
+            settle_paused(host, record)
+    elif record.state == "paused" and any(o.verb == "restore" for o in operations):
+        end_orphan(host, record.id)
+        settle_paused(host, record)
     elif record.state == "removing":
         Remove(host, record).execute()
     elif record.state in ("running", "frozen", "pausing"):
@@ -129,7 +137,7 @@ def _settle_running(host: Host, record: SandboxRecord, operations: list[Operatio
         if machine is not None:
             _disarm(host, record)
             machine.kill()
-        _paused(host, record)
+        settle_paused(host, record)
         return
     if machine is None:
         gone = "lost with the host" if _of_another_boot(record) else "the VMM has ended"
@@ -204,7 +212,7 @@ def _drop_capture(
 
 def _finish_capture(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     """A save that was committed: what it left behind is of no use to anybody."""
-    _forget_failures(host, record)
+    forget_failures(host, record)
     _adopt_overlays(host, record, machine)
 
 
@@ -212,7 +220,8 @@ def _mark(host: Host, record: SandboxRecord) -> Path:
     return host.home.sandbox(record.id) / "capture.mark"
 
 
-def _forget_failures(host: Host, record: SandboxRecord) -> None:
+def forget_failures(host: Host, record: SandboxRecord) -> None:
+    """What failed captures left for the next one, which will not come or needs none of it."""
     _mark(host, record).unlink(missing_ok=True)
     (host.home.buffers / f"{record.id}.unmerged").unlink(missing_ok=True)
 
@@ -284,7 +293,16 @@ def _greet(guest: Guest) -> None:
         log.warning("adopting %s: %s", guest.sandbox, error)
 
 
-def _paused(host: Host, record: SandboxRecord) -> None:
+def ended_again(host: Host, record: SandboxRecord) -> None:
+    """A cold resume that did not come to its end: the row still says how it ended before."""
+    by_itself = (record.reason or "").startswith("guest-")
+    record.state = "stopped" if by_itself else "failed"
+    record.process, record.root = None, None
+    host.catalog.put_sandbox(record)
+
+
+def settle_paused(host: Host, record: SandboxRecord) -> None:
+    """The row: paused at its snapshot; nothing of what ran before is left."""
     guest = host.guests.pop(record.id, None)
     if guest is not None:  # of a pause under this daemon that could not be finished
         host.parked[record.id] = guest.link
@@ -293,7 +311,7 @@ def _paused(host: Host, record: SandboxRecord) -> None:
     directory = host.home.sandbox(record.id)
     for path in directory.glob("disk*.qcow2"):
         path.unlink()
-    _forget_failures(host, record)
+    forget_failures(host, record)
     record.state, record.process, record.root = "paused", None, None
     record.overlays, record.captures, record.tracker = [], 0, False
     record.frozen = False

@@ -10,7 +10,10 @@ from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.start import Start
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diapause.catalog import SandboxRecord, SnapshotRecord
+    from diapause.guest.link import Identity
     from diapause.sandbox.host import Host
 
 
@@ -60,7 +63,7 @@ class FromSnapshot(Start):
 
     def _enter(self) -> None:
         assert self.source is not None
-        self.record.root = self.source.id
+        self.record.root, self.record.cold = self.source.id, False
         self.record.snapshot = self.source.id
         self.record.identity = self.source.identity
         self.host.catalog.put_sandbox(self.record)
@@ -75,9 +78,11 @@ class Resume(FromSnapshot):
         self.record.state = "resuming"
         super()._enter()
 
-    def identity(self) -> None:
-        """It kept its name."""
-        return
+    def identity(self) -> Identity | None:
+        """It kept its name; but one that was restored may be another's past."""
+        assert self.source is not None
+        own = self.source.machine_id == self.record.machine_id
+        return None if own else super().identity()
 
     def put_back(self, error: BaseException) -> None:
         """It is paused as it was; its sessions go on waiting."""
@@ -100,7 +105,11 @@ class Boot(Start):
 
     def do_files(self) -> None:
         """Empty memory, an empty disk."""
-        templates = self.host.templates
-        self.memory = templates.memory(self.record.memory_bytes).flat
-        self.disks = [templates.disk(size).flat for size in self.record.disks_bytes]
+        self.memory = self.host.templates.memory(self.record.memory_bytes).flat
+        self.disks = empty_disks(self.host, self.record)
         super().do_files()
+
+
+def empty_disks(host: Host, record: SandboxRecord) -> list[Path]:
+    """What is below the overlays of a sandbox that was never captured."""
+    return [host.templates.disk(size).flat for size in record.disks_bytes]

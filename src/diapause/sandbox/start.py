@@ -165,11 +165,16 @@ class Start(Verb):
             self._let_go(self.guest.machine)
         if self.state is not None:
             self.state.close()
+        self.drop_overlays()
+        self.record.process, self.record.root = None, None
+        self.put_back(error)
+
+    def drop_overlays(self) -> None:
+        """What the disks wrote in this attempt is nobody's."""
         for names in self.record.overlays:
             for name in names:
                 (self.directory / name).unlink(missing_ok=True)
-        self.record.overlays, self.record.process, self.record.root = [], None, None
-        self.put_back(error)
+        self.record.overlays = []
 
     def _let_go(self, machine: QemuMachine) -> None:
         with contextlib.suppress(DiapauseError):  # the process must go, whatever its link says

@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from diapause.errors import DiapauseError, SandboxNotFound
+from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, ForkAnswer, ForkRequest, ResumeAnswer, ResumeRequest
-from diapause.sandbox import admit
+from diapause.sandbox import accelerator, admit
+from diapause.sandbox.cold import Cold
+from diapause.sandbox.host import row_identity
 from diapause.sandbox.network import FORK_HAS_NO_FORWARDS
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_sandbox, find_snapshot
@@ -19,7 +22,7 @@ from diapause.sandbox.states import require
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from diapause.catalog import SnapshotRecord
+    from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.sandbox.captures import Captures
     from diapause.sandbox.host import Host
 
@@ -44,6 +47,8 @@ class Starts(Part):
                     sandbox=record.id, warm=True, ready_ms=0.0, source="local", phases_ms={},
                     snapshot=record.snapshot, already=True,
                 )  # fmt: skip
+            if request.cold:
+                return self._cold(record)
             require(record, "resume", "paused")
             snapshot = self.snapshot_of(record)
             check_snapshot(self.host, snapshot)
@@ -52,6 +57,20 @@ class Starts(Part):
         return ResumeAnswer(
             sandbox=record.id, warm=True, ready_ms=verb.elapsed_ms, source=verb.origin,
             phases_ms=verb.phases_ms, snapshot=snapshot.id, notes=verb.notes,
+        )  # fmt: skip
+
+    def _cold(self, record: SandboxRecord) -> ResumeAnswer:
+        """Boot what ended on its own disk; never taken for what a warm resume is."""
+        require(record, "resume --cold", "stopped", "failed")
+        admit.check_memory("The sandbox", record.memory_bytes)
+        image = find_image(self.host.home, record.image)
+        identity = self.host.driver.identity(accelerator.choose(self.host, image))
+        record.identity = row_identity(identity)
+        verb = Cold(self.host, record)
+        verb.execute()
+        return ResumeAnswer(
+            sandbox=record.id, warm=False, ready_ms=verb.elapsed_ms, source="local",
+            phases_ms=verb.phases_ms, snapshot=record.snapshot, disk=verb.disk, notes=verb.notes,
         )  # fmt: skip
 
     def fork(self, request: ForkRequest) -> ForkAnswer:

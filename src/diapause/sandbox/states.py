@@ -3,6 +3,9 @@
     run       (none)            -> creating -> running
     pause     running, frozen   -> pausing  -> paused
     resume    paused            -> resuming -> running
+    resume --cold               stopped, failed -> resuming -> running
+    restore   running           -> paused -> resuming -> running
+    restore   frozen, paused, stopped, failed -> paused
     fork      (a snapshot)      -> creating -> running, for each new sandbox
     save      running, frozen   -> as it was
     freeze    running           -> frozen
@@ -21,8 +24,10 @@ from diapause.errors import WrongState
 
 _ADVICE = {
     "paused": "`diapause resume {id}` brings it back.",
-    "stopped": "It ended ({reason}); `diapause fork {snapshot}` starts from its last snapshot.",
-    "failed": "`diapause inspect {id}` says why; its last snapshot is {snapshot}.",
+    "stopped": "It ended ({reason}). `diapause resume {id} --cold` boots it on its own disk; "
+    "its last snapshot is {snapshot}.",
+    "failed": "`diapause inspect {id}` says why. `diapause resume {id} --cold` boots it on its "
+    "own disk; its last snapshot is {snapshot}.",
     "creating": "It is being started; try again.",
     "resuming": "It is being resumed; try again.",
     "pausing": "It is being paused; try again.",
@@ -35,7 +40,7 @@ _ADVICE = {
 def wrong_state(record: SandboxRecord, verb: str, needed: str) -> WrongState:
     """The refusal of a verb, with what to do instead."""
     advice = _ADVICE.get(record.state, "").format(
-        id=record.name or record.id, reason=record.reason, snapshot=record.snapshot
+        id=record.name or record.id, reason=record.reason, snapshot=record.snapshot or "none"
     )
     return WrongState(
         sandbox=record.name or record.id,

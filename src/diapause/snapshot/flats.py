@@ -194,7 +194,8 @@ class FlatStore:
 
     def of_parent(self, record: SnapshotRecord, device: str) -> Path | None:
         """The flat file of the parent's device, where there is one that can be trusted."""
-        parent = self._catalog.snapshot(record.parent) if record.parent else None
+        cold = record.cold and device == "memory"
+        parent = self._catalog.snapshot(record.parent) if record.parent and not cold else None
         try:
             flat = self._usable(parent) if parent is not None else None
         except (BlobDamaged, BlobMissing):

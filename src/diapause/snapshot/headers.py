@@ -72,7 +72,7 @@ class Headers:
 
     def parent(self, record: SnapshotRecord, device: str) -> DeviceHeader:
         """The header that `record`'s own is made over."""
-        if record.parent is None:
+        if record.parent is None or (record.cold and device == "memory"):
             root = self.root(record, device)
             return DeviceHeader(root.header, root.digest)
         parent = self._catalog.snapshot(record.parent)

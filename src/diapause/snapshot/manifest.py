@@ -9,7 +9,7 @@ import msgspec
 
 from diapause.catalog import SnapshotRecord
 
-_LATER_FIELDS = {"net": "none"}
+_LATER_FIELDS = {"net": "none", "cold": False}
 
 
 def manifest_bytes(record: SnapshotRecord) -> bytes:

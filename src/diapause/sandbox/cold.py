@@ -1,0 +1,167 @@
+"""resume --cold: a sandbox that ended is booted on its own disk.
+
+What its disk is: the overlays that it wrote last, over the disk of its last capture. Where one of
+them is damaged or gone, or the snapshot below them is, it is the disk of the last snapshot that is
+whole, and the answer says so; damaged overlays are kept beside, as `.damaged`.
+
+Its memory begins as zeros, so the next capture's memory is not over its parent's (`cold`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from diapause.errors import BlobDamaged, BlobMissing, SnapshotLost
+from diapause.limits import SUBPROCESS_S
+from diapause.sandbox.recovery import ended_again, forget_failures
+from diapause.sandbox.remove import end_orphan
+from diapause.sandbox.resume import empty_disks
+from diapause.sandbox.start import Start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diapause.catalog import SandboxRecord, SnapshotRecord
+    from diapause.errors import DiapauseError
+    from diapause.sandbox.host import Host
+
+_SOUND = (0, 3)  # of `qemu-img check`: nothing wrong; clusters that nobody uses
+_LOST = (BlobDamaged, BlobMissing, SnapshotLost)
+
+
+class Cold(Start):
+    """Boot a stopped or failed sandbox on its disk."""
+
+    name = "cold"
+    steps: ClassVar[tuple[str, ...]] = ("disks", "files", "spawn", "thaw", "greet", "publish")
+
+    def __init__(self, host: Host, record: SandboxRecord) -> None:
+        super().__init__(host, record)
+        self.disk: Literal["own", "snapshot"] = "own"
+
+    def do_disks(self) -> None:
+        """Which disk it is; nothing is changed but what two failed saves left in two overlays."""
+        self.record.state = "resuming"
+        self.host.catalog.put_sandbox(self.record)
+        end_orphan(self.host, self.sandbox)
+        damage = self._damage()
+        if self.record.snapshot is None:
+            if damage is not None:
+                raise damage  # nothing was ever captured: there is no other disk
+            self.disks = empty_disks(self.host, self.record)
+        else:
+            self._stand_on_snapshot(damage)
+        if self.disk == "own":
+            self._fold()
+
+    def _damage(self) -> DiapauseError | None:
+        """What is wrong with the overlays, if anything is."""
+        if len(self.record.overlays) != len(self.record.disks_bytes):
+            return BlobMissing(blob=f"sandboxes/{self.sandbox}/disk0")
+        for names in self.record.overlays:
+            for name in names:
+                path = self.directory / name
+                if not path.exists():
+                    return BlobMissing(blob=f"sandboxes/{self.sandbox}/{name}")
+                try:
+                    _stand(path, None)  # of a fold that was killed
+                    _qemu_img("check", "-q", "-f", "qcow2", str(path))
+                except BlobDamaged as error:
+                    return error
+        return None
+
+    def _stand_on_snapshot(self, damage: DiapauseError | None) -> None:
+        """The disk of the last capture; where that is lost, of the last one that is whole."""
+        for snapshot in self._lineage():
+            try:
+                if snapshot.state == "failed":
+                    cause = (snapshot.error or {}).get("message", "unknown")
+                    raise SnapshotLost(snapshot=snapshot.id, cause=cause)
+                with self.host.leases.hold(snapshot.id):
+                    flat = self.host.flats.ensure(snapshot)
+            except _LOST as error:
+                damage = damage or error
+                continue
+            self.disks = [flat.files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
+            if damage is not None:
+                self._say_fallen_back(snapshot.id, damage)
+            return
+        assert damage is not None
+        raise damage
+
+    def _lineage(self) -> Iterator[SnapshotRecord]:
+        """The last snapshot and its ancestors."""
+        at = self.record.snapshot
+        while at is not None and (found := self.host.catalog.snapshot(at)) is not None:
+            yield found
+            at = found.parent
+
+    def _say_fallen_back(self, snapshot: str, damage: DiapauseError) -> None:
+        self.disk, self.record.snapshot = "snapshot", snapshot
+        self.notes.append(
+            f"booted on the disk of snapshot {snapshot}: its own is lost. {damage.message}"
+        )
+
+    def _fold(self) -> None:
+        """One overlay a disk: saves that failed may have left several."""
+        for names, base in zip(self.record.overlays, self.disks, strict=True):
+            while len(names) > 1:
+                chain = [self.directory / name for name in names]
+                # Down to the base: a commit copies more than was written, zeros where it has none.
+                _stand(chain[0], base, "raw")
+                for below, path in pairwise(chain):
+                    _stand(path, below)
+                _qemu_img("commit", "-q", "-d", "-f", "qcow2", str(chain[-1]))
+                names.pop()
+                self.host.catalog.put_sandbox(self.record)
+                chain[-1].unlink(missing_ok=True)
+                for path in chain[:-1]:
+                    _stand(path, None)
+
+    def do_files(self) -> None:
+        """Empty memory, and its overlays: its own, or fresh ones over a snapshot's disk."""
+        forget_failures(self.host, self.record)  # of captures of a process that is gone
+        self.memory = self.host.templates.memory(self.record.memory_bytes).flat
+        if self.disk == "own":
+            return
+        for names in self.record.overlays:
+            for path in map(self.directory.joinpath, names):
+                if path.exists():
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+        super().do_files()
+
+    def do_publish(self) -> None:
+        """The row: running, with a memory of its own."""
+        self.record.cold = True
+        super().do_publish()
+
+    def drop_overlays(self) -> None:
+        """They are the sandbox's disk, whatever became of this attempt."""
+
+    def put_back(self, error: BaseException) -> None:
+        """It is stopped or failed as it was."""
+        ended_again(self.host, self.record)
+        self.guest.cut("the sandbox could not be started")
+
+
+def _stand(overlay: Path, below: Path | None, kind: str = "qcow2") -> None:
+    """Say in an overlay's header what is below it: nothing, but while it is folded."""
+    on = ["-b", ""] if below is None else ["-F", kind, "-b", str(below)]
+    _qemu_img("rebase", "-u", "-f", "qcow2", *on, str(overlay))
+
+
+def _qemu_img(*arguments: str) -> None:
+    """Run it; raises BlobDamaged with what it says of the last argument, the overlay."""
+    blob = "/".join(Path(arguments[-1]).parts[-3:])
+    try:
+        done = subprocess.run(
+            ["qemu-img", *arguments], capture_output=True, text=True, timeout=SUBPROCESS_S,
+            check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BlobDamaged(blob=blob, cause=str(error)) from error
+    if done.returncode not in (_SOUND if arguments[0] == "check" else (0,)):
+        raise BlobDamaged(blob=blob, cause=done.stderr.strip()[-500:])

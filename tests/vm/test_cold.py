@@ -1,0 +1,145 @@
+"""Sandboxes that ended, booted on their own disks."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from diapause.catalog import SandboxRecord
+from diapause.errors import BlobDamaged, BlobMissing, DiapauseError, WrongState
+from diapause.sandbox.cold import Cold
+from tests.framework.catalog_tap import Place, Tap, at_end, before_step
+from tests.framework.fake_home import eventually
+from tests.framework.kills import kill_at
+from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
+
+pytestmark = pytest.mark.vm
+
+PLACES = [*(before_step("cold", step) for step in Cold.steps), at_end("cold")]
+
+
+def powered_off(guest: Sandbox) -> None:
+    guest.in_background("sync; usleep 200000; poweroff -f")
+    eventually("the end of the guest", lambda: guest.state == "stopped", WAIT_S)
+
+
+def killed(guest: Sandbox) -> None:
+    guest.sh("sync")
+    os.kill(guest.vmm_pid, signal.SIGKILL)
+    eventually("the failure", lambda: guest.state == "failed", WAIT_S)
+
+
+def on_disk(guest: Sandbox) -> str:
+    return guest.sh("cat /data/said").strip()
+
+
+@pytest.mark.parametrize("end", [powered_off, killed])
+def test_a_guest_that_ended_is_booted_on_its_own_disk(guest: Sandbox, end: object) -> None:
+    """What it wrote after its last save is there; its memory is not; it kept its name."""
+    assert callable(end)
+    named = guest.sh("hostname; cat /etc/machine-id")
+    saved = guest.save("disk")
+    guest.rewrite()
+    guest.sh("echo after >/data/said; sync")
+    end(guest)
+    with pytest.raises(WrongState) as refused:
+        guest.resume()
+    assert f"diapause resume {guest.id} --cold" in refused.value.advice
+    assert saved.snapshot in refused.value.advice
+    booted = guest.resume(cold=True)
+    assert (booted.warm, booted.disk, booted.notes) == (False, "own", [])
+    assert guest.state == "running"
+    assert on_disk(guest) == "after"
+    assert guest.exec("test", "-e", "/tmp/file").returncode == 1
+    assert guest.sh("hostname; cat /etc/machine-id") == named
+    captures_are_exact(guest)
+
+
+def captures_are_exact(guest: Sandbox) -> None:
+    """Its first capture is over a memory of zeros, and the disk of its last snapshot."""
+    digests = guest.rewrite()
+    assert guest.save("disk").dirty_source == "private"
+    assert guest.save().dirty_source != "private"
+    guest.pause()
+    guest.resume()
+    assert guest.digests() == digests
+    with guest.forked() as fork:
+        assert fork.digests() == digests
+
+
+def test_a_damaged_disk_is_said_and_the_last_snapshots_is_taken(
+    daemon: Daemon, guest: Sandbox
+) -> None:
+    """What was written since is gone from the guest, and kept beside."""
+    guest.sh("echo saved >/data/said; sync")
+    saved = guest.save("disk")
+    guest.sh("echo after >/data/said; sync")
+    killed(guest)
+    [[name]] = daemon.record(guest.id).overlays
+    overlay = daemon.home.sandbox(guest.id) / name
+    with overlay.open("r+b") as file:
+        file.write(b"damage" * 100)
+    booted = guest.resume(cold=True)
+    assert (booted.warm, booted.disk, booted.snapshot) == (False, "snapshot", saved.snapshot)
+    [note] = booted.notes
+    assert saved.snapshot in note
+    assert name in note
+    assert on_disk(guest) == "saved"
+    assert overlay.with_name(f"{name}.damaged").exists()
+    captures_are_exact(guest)
+
+
+def test_overlays_of_saves_that_failed_are_one_disk(daemon: Daemon, guest: Sandbox) -> None:
+    """Each failed save leaves one behind; what was deleted stays deleted."""
+    tap = Tap(daemon.home)
+    guest.sh("echo first >/data/said; echo gone >/data/gone; sync")
+    for text in ("second", "third"):
+        tap.fail(before_step("save", "keep"))
+        with pytest.raises(DiapauseError):
+            guest.save()
+        tap.clear()
+        guest.sh(f"echo {text} >/data/said; rm -f /data/gone; sync")
+    assert [len(names) for names in daemon.record(guest.id).overlays] == [3]
+    killed(guest)
+    assert guest.resume(cold=True).disk == "own"
+    assert on_disk(guest) == "third"
+    assert guest.exec("test", "-e", "/data/gone").returncode == 1
+    assert [len(names) for names in daemon.record(guest.id).overlays] == [1]
+    captures_are_exact(guest)
+
+
+def test_without_a_snapshot_and_without_a_disk_there_is_nothing_to_boot(daemon: Daemon) -> None:
+    """It says what is lost, and stays failed."""
+    alone = daemon.run()
+    killed(alone)
+    [[name]] = daemon.record(alone.id).overlays
+    (daemon.home.sandbox(alone.id) / name).unlink()
+    with pytest.raises((BlobMissing, BlobDamaged)) as lost:
+        alone.resume(cold=True)
+    assert name in lost.value.message
+    assert alone.state == "failed"
+    alone.remove()
+
+
+def test_only_what_ended_is_booted(guest: Sandbox) -> None:
+    """A running one runs already; a paused one would lose its memory."""
+    assert guest.resume(cold=True).already
+    guest.pause()
+    with pytest.raises(WrongState) as refused:
+        guest.resume(cold=True)
+    assert f"diapause resume {guest.id}" in refused.value.advice
+    assert guest.resume().warm
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
+def test_killed_in_a_cold_resume(daemon: Daemon, guest: Sandbox, place: Place) -> None:
+    """Stopped as before, or running; the disk is whole either way."""
+    guest.sh("echo after >/data/said; sync")
+    powered_off(guest)
+    kill_at(daemon, place, lambda: guest.resume(cold=True))
+    record: SandboxRecord = daemon.record(guest.id)
+    assert guest.state == ("running" if place == PLACES[-1] else "stopped"), record
+    guest.resume(cold=True)
+    assert on_disk(guest) == "after"
