@@ -1,6 +1,6 @@
 """`make bench`: every figure, or those that are named; exits 1 where a bound is missed.
 
-python -m benchmarks [NAME...]      names: frozen saves disk memory stored resume forks cli
+python -m benchmarks [NAME...]      names: frozen saves disk memory stored resume warm forks cli
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     "memory": saves.large_memory,
     "stored": saves.stored_bytes,
     "resume": resume.resumes,
+    "warm": resume.warm,
     "forks": resume.forks,
     "cli": command_line.measure,
 }

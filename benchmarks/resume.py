@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 from benchmarks.by_hand import ByHand, scratch_of
 from benchmarks.guest import Bench
 from benchmarks.rows import Figure, Row
 from diapause._core import GuestRam
-from diapause.model import ResumeAnswer, ResumeRequest
+from diapause.model import ResumeAnswer, ResumeRequest, RunRequest
 
 ROUNDS = 7
 BOOTS = 3
@@ -44,8 +45,6 @@ def resumes(bench: Bench) -> list[Row]:
 def _boots(bench: Bench) -> Figure:
     found = []
     for _ in range(BOOTS):
-        from diapause.model import RunRequest
-
         answer = bench.client.run(RunRequest(boot=True))
         found.append(answer.ready_ms)
         bench.remove(answer.sandbox)
@@ -57,6 +56,35 @@ def _wait_for_flat(bench: Bench, snapshot: str) -> None:
 
     known = bench.home.flat_of(snapshot) / "flat.json"
     wait_for(known.exists, "the flat files behind a pause")
+
+
+def warm(bench: Bench) -> list[Row]:
+    """A run from its ready snapshot, against a fork of a snapshot of the same age."""
+    first = bench.client.run(RunRequest())
+    parent = bench.client.inspect(first.sandbox).parent
+    assert parent is not None
+    bench.settle(parent)
+    _wait_for_flat(bench, parent)
+    runs: list[float] = []
+    peers: list[float] = []
+    boots = [first.ready_ms]
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        answer = bench.client.run(RunRequest())
+        runs.append((time.perf_counter() - began) * 1e3)
+        assert answer.warm, answer.notes
+        began = time.perf_counter()
+        [fork] = bench.fork(parent)
+        peers.append((time.perf_counter() - began) * 1e3)
+        bench.remove(answer.sandbox, fork)
+    bench.remove(first.sandbox)
+    forked = Figure("a fork", "ms", tuple(peers))
+    return [
+        Row(
+            "run to an answering agent", Figure("warm run", "ms", tuple(runs)), forked, 1.5,
+            {"first_run_ms": boots},
+        ),
+    ]  # fmt: skip
 
 
 def _by_hand(bench: Bench, snapshot: str) -> float:

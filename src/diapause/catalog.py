@@ -194,6 +194,11 @@ class Catalog:
         found = self._one("SELECT record FROM snapshots WHERE id = ?", snapshot_id)
         return None if found is None else _SNAPSHOT.decode(found)
 
+    def snapshot_named(self, name: str) -> SnapshotRecord | None:
+        """The snapshot with exactly this name."""
+        found = self._one("SELECT record FROM snapshots WHERE name = ?", name)
+        return None if found is None else _SNAPSHOT.decode(found)
+
     def snapshots(self, *, removed: bool = False) -> list[SnapshotRecord]:
         """Every snapshot, oldest first; with `removed` also those that wait for gc."""
         rows = self.database.connection().execute(

@@ -109,6 +109,7 @@ class RunAnswer(Answer):
     name: str | None
     ready_ms: float
     phases_ms: dict[str, float]
+    warm: bool = False  # from a ready snapshot, not booted
     notes: list[str] = []
 
 

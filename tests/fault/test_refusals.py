@@ -185,7 +185,7 @@ def test_a_missing_image(daemon: Daemon, booted: Sandbox) -> None:
         (RunRequest(disk_bytes=-1), errors.InvalidRequest),
         (RunRequest(cpus=0), errors.InvalidRequest),
         (RunRequest(name="../x"), errors.InvalidRequest),
-        (RunRequest(net="user"), errors.NotSupportedYet),
+        (RunRequest(net="bridge"), errors.InvalidRequest),
         (RunRequest(vmm="firecracker"), errors.NotSupportedYet),
     ],
     ids=lambda value: getattr(value, "__name__", "request"),

@@ -30,6 +30,7 @@ from diapause.model import (
     RestoreRequest,
     ResumeAnswer,
     ResumeRequest,
+    RunAnswer,
     RunRequest,
 )
 from diapause.store.home import Home
@@ -209,6 +210,14 @@ class Daemon:
         return Daemon(self.home, environment)
 
     # -- sandboxes and snapshots -----------------------------------------------------------------
+
+    def run_as_asked(self, **request: Any) -> tuple[Sandbox, RunAnswer]:
+        """A run as the command line asks for it: from a ready snapshot where there is one."""
+        request = {"memory_bytes": MEMORY_BYTES, "disk_bytes": DISK_BYTES, **request}
+        self._remember()
+        answer = self.client.run(RunRequest(**request))
+        self._learn()
+        return Sandbox(self, answer.sandbox), answer
 
     def run(
         self, name: str | None = None, memory_bytes: int = MEMORY_BYTES, **more: Any

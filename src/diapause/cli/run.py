@@ -14,6 +14,7 @@ _EXAMPLES = """\b
 Examples:
   id=$(diapause run)
   diapause run --name web --memory 1G --cpus 2 --disk 4G
+  diapause run --boot
   diapause run --net user -p 8080:80"""
 
 
@@ -32,7 +33,7 @@ Examples:
     metavar="HOST:GUEST",
     help="Forward a TCP port of 127.0.0.1; needs --net user.",
 )
-@click.option("--boot", is_flag=True, help="Boot for real, though a booted snapshot would do.")
+@click.option("--boot", is_flag=True, help="Boot, though a ready snapshot would do.")
 @json_option
 @pass_context
 def run(
@@ -47,12 +48,18 @@ def run(
     ports: tuple[str, ...],
     boot: bool,
 ) -> None:
-    """Make a sandbox from an image, start it, and print its id."""
+    """Make a sandbox from an image, start it, and print its id.
+
+    The first run of an image in a shape boots it and keeps a ready snapshot; later ones start from
+    that, each with its own name, machine id and random numbers. --boot boots all the same.
+    """
     request = RunRequest(
         image=image, name=name, memory_bytes=memory, cpus=cpus, disk_bytes=disk, vmm=vmm,
         net=net, ports=list(ports), boot=boot,
     )  # fmt: skip
     answer = context.client().run(request)
+    for note in answer.notes:
+        say(note)
     if context.json:
         json_document(answer)
         return

@@ -20,6 +20,7 @@ from diapause.sandbox.captures import Captures
 from diapause.sandbox.consoles import Rotation
 from diapause.sandbox.freezes import Freezes
 from diapause.sandbox.host import Host
+from diapause.sandbox.ready import is_ready
 from diapause.sandbox.recovery import recover
 from diapause.sandbox.refer import find_sandbox, find_snapshot
 from diapause.sandbox.restores import Restores
@@ -70,7 +71,8 @@ class Engine:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._catalog = host.catalog
-        self._runs, self._captures = Runs(host), Captures(host)
+        self._captures = Captures(host)
+        self._runs = Runs(host, self._captures)
         self._starts = Starts(host, self._captures)
         self._freezes = Freezes(host)
         self._upkeep = Upkeep(host)
@@ -129,8 +131,9 @@ class Engine:
         return views.sandbox_detail(self._host, find_sandbox(self._catalog, reference))
 
     def snapshots(self) -> list[SnapshotDetail]:
-        """All snapshots."""
-        return [views.snapshot_detail(self._host, row) for row in self._catalog.snapshots()]
+        """All snapshots but those that are kept to start images from."""
+        rows = [row for row in self._catalog.snapshots() if not is_ready(row)]
+        return [views.snapshot_detail(self._host, row) for row in rows]
 
     def inspect_snapshot(self, reference: str) -> SnapshotDetail:
         """One snapshot."""

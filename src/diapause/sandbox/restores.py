@@ -43,7 +43,8 @@ class Restores(Part):
                     phases_ms={}, already=True,
                 )  # fmt: skip
             _check_saved(record, discard=request.discard)
-            return self._restore(record, target, request)
+            with self.host.leases.hold(target.id):  # gc keeps what somebody reads
+                return self._restore(record, target, request)
 
     def _restore(
         self, record: SandboxRecord, target: SnapshotRecord, request: RestoreRequest

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from diapause.driver.qemu.command import LAYOUT, guest_visible
 from diapause.errors import SnapshotIncompatible, SnapshotLost
 from diapause.sandbox.host import vmm_identity
+from diapause.sandbox.ready import is_ready
 from diapause.sandbox.start import Start
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Resume(FromSnapshot):
     def identity(self) -> Identity | None:
         """It kept its name; but one that was restored may be another's past."""
         assert self.source is not None
-        own = self.source.machine_id == self.record.machine_id
+        own = self.source.machine_id == self.record.machine_id and not is_ready(self.source)
         return None if own else super().identity()
 
     def put_back(self, error: BaseException) -> None:

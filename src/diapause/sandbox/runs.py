@@ -4,45 +4,116 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diapause.errors import DiapauseError, SandboxNotFound
+from diapause.errors import (
+    AgentRefused,
+    AgentUnreachable,
+    BlobDamaged,
+    BlobMissing,
+    DiapauseError,
+    ExecCut,
+    SandboxNotFound,
+    SnapshotIncompatible,
+    SnapshotLost,
+    StorageFailed,
+    VmmFailed,
+    VmmTimeout,
+)
 from diapause.guest import images
 from diapause.model import RemoveAnswer, RunAnswer, RunRequest
-from diapause.sandbox import accelerator, admit
+from diapause.sandbox import accelerator, admit, ready
 from diapause.sandbox.host import row_identity
 from diapause.sandbox.network import check_image, parse_forwards
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_sandbox
 from diapause.sandbox.remove import Remove
-from diapause.sandbox.resume import Boot
+from diapause.sandbox.resume import Boot, check_snapshot
 from diapause.sandbox.states import wrong_state
+from diapause.sandbox.warm import FirstRun, WarmRun
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord
+    from diapause.sandbox.captures import Captures
+    from diapause.sandbox.host import Host
 
 _ALIVE = ("running", "frozen", "pausing", "resuming", "creating")
+# A guest that is slow today is no reason to give its ready snapshot up.
+_SLOW = (AgentUnreachable, AgentRefused, ExecCut, VmmTimeout)
+_NOT_READY = (
+    *_SLOW, BlobDamaged, BlobMissing, SnapshotIncompatible, SnapshotLost, StorageFailed, VmmFailed,
+)  # fmt: skip
 
 
 class Runs(Part):
     """`run` and `rm`."""
 
+    def __init__(self, host: Host, captures: Captures) -> None:
+        super().__init__(host)
+        self._captures, self._making = captures, ready.Making()
+
     def run(self, request: RunRequest) -> RunAnswer:
-        """Make a sandbox from an image and boot it."""
+        """Make a sandbox from an image: from its ready snapshot, or by booting it."""
         admit.check_run(self.catalog, request)
         image = images.find_image(self.host.home, request.image)
         check_image(request, image)
         self.host.driver.program()
-        accelerated = accelerator.choose(self.host, image)
+        record = self._wanted(request, accelerator.choose(self.host, image))
+        if request.boot:
+            return self._start(Boot(self.host, record))
+        name = ready.name_of(self.host, image, record)
+        notes: list[str] = []
+        if (snapshot := ready.find(self.host, name)) is not None:
+            try:
+                check_snapshot(self.host, snapshot)
+                record.snapshot = snapshot.id
+                return self._start(WarmRun(self.host, record, snapshot))
+            except _NOT_READY as error:
+                notes.append(f"booted: its ready snapshot could not be started: {error.message}")
+                if not isinstance(error, _SLOW):
+                    ready.set_aside(self.host, snapshot)
+                record = self._wanted(request, accelerator.choose(self.host, image))
+        answer = self._first(record, name)
+        answer.notes += notes
+        return answer
+
+    def _first(self, record: SandboxRecord, name: str) -> RunAnswer:
+        """Boot; keep a ready snapshot, unless another run is about to, or there is one."""
+        with self._making.claim(name) as mine:
+            if not mine or self.catalog.snapshot_named(name) is not None:
+                return self._start(Boot(self.host, record))
+            verb = FirstRun(self.host, record, name)
+            try:
+                return self._start(verb)
+            finally:
+                if verb.kept is not None:
+                    self._pack(verb.kept)
+
+    def _pack(self, snapshot: str) -> None:
+        """Behind the run: pack it, and have its flat files there for the next one."""
+
+        def flat() -> None:
+            found = self.catalog.snapshot(snapshot)
+            if found is not None and found.state == "packed":
+                self.host.flats.ensure(found)
+
+        self._captures.pack_behind(snapshot)
+        self.host.behind(f"flat {snapshot}", flat)
+
+    def _wanted(self, request: RunRequest, accelerated: str) -> SandboxRecord:
+        """The row of what was asked for, under an id of its own each time."""
         record = self.new_record(request.name, request.image, request.memory_bytes, request.cpus)
         record.disks_bytes = [request.disk_bytes]
         record.net, record.ports = request.net, parse_forwards(request.ports)
         record.identity = row_identity(self.host.driver.identity(accelerated))
-        with self.host.locks.hold(record.id):
-            self.put_new(record)
-            verb = Boot(self.host, record)
+        return record
+
+    def _start(self, verb: Boot | WarmRun) -> RunAnswer:
+        with self.host.locks.hold(verb.sandbox):
+            self.put_new(verb.record)
             verb.execute()
+        record = verb.record
         return RunAnswer(
             sandbox=record.id, name=record.name, ready_ms=verb.elapsed_ms,
-            phases_ms=verb.phases_ms, notes=verb.notes,
+            warm=isinstance(verb, WarmRun), phases_ms=verb.phases_ms, notes=verb.notes,
         )  # fmt: skip
 
     def remove(self, references: list[str], force: bool) -> RemoveAnswer:

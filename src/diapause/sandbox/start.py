@@ -150,11 +150,16 @@ class Start(Verb):
         if self.overlays_safe is not None:
             self.overlays_safe.result(60.0)
         record = self.record
-        record.state, record.captures, record.error, record.reason = "running", 0, None, None
+        record.state, record.captures = "running", self.captures()
+        record.error, record.reason = None, None
         record.tracker = self.guest.machine.tracked
         self.host.guests[record.id] = self.guest
         self.host.catalog.put_sandbox(record)
         self.host.parked.pop(record.id, None)  # only now: until then its sessions may still wait
+
+    def captures(self) -> int:
+        """Completed captures of the process."""
+        return 0
 
     # -- failure ---------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 A plan reads no file and changes nothing, so it can be made over any made-up world.
 
-Kept are: snapshots that nobody removed; a removed one as long as a sandbox stands on it, a capture
-that is not packed has it for a parent, or somebody reads it; their builds; templates that guests
-were booted from and not captured since; flat files that a process maps or a paused sandbox resumes
-from. Flat files and templates are made again when they are needed.
+Kept are: snapshots that nobody removed; a ready or removed one as long as a sandbox stands on it,
+a capture that is not packed has it for a parent, or somebody reads it; their builds; templates that
+guests were booted from and not captured since; flat files that a process maps or a paused sandbox
+resumes from. Flat files and templates are made again when they are needed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+from diapause.sandbox.ready import is_ready
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord, SnapshotRecord
@@ -50,7 +52,7 @@ def is_removed(record: SnapshotRecord) -> bool:
 def stood_on(world: World) -> set[str]:
     """Every snapshot that may not go, removed or not."""
     rows = {record.id: record for record in world.snapshots}
-    wanted = [record.id for record in world.snapshots if not is_removed(record)]
+    wanted = [r.id for r in world.snapshots if not is_removed(r) and not is_ready(r)]
     for sandbox in world.sandboxes:
         wanted += [one for one in (sandbox.snapshot, sandbox.root) if one is not None]
     wanted += [*world.reading, *world.capturing]
