@@ -50,7 +50,7 @@ def test_a_frozen_guest_stands_and_goes_on(guest: Sandbox) -> None:
 
 def test_the_clock_is_set_by_the_thaw(guest: Sandbox) -> None:
     """The wall clock is right again; the monotonic one does not contain the freeze."""
-    monotonic, began = uptime_s(guest), time.monotonic()
+    began, monotonic = time.monotonic(), uptime_s(guest)
     guest.freeze()
     stood = _wait(2.0)
     guest.thaw()
