@@ -12,9 +12,7 @@ from diapause.catalog import Catalog, SnapshotRecord
 from diapause.guest.images import Image
 from diapause.model import GcRequest
 from diapause.sandbox.ready import is_ready
-from diapause.sandbox.warm import FirstRun, WarmRun
-from tests.framework.catalog_tap import Place, Tap, before_step
-from tests.framework.kills import kill_at
+from tests.framework.catalog_tap import Tap, before_step
 from tests.framework.sandbox import Daemon, real_home
 
 pytestmark = pytest.mark.vm
@@ -82,30 +80,6 @@ def test_one_that_cannot_be_used_is_no_failure(
         assert any("booted" in note for note in answer.notes), answer.notes
     [after] = ready(home)
     assert after.id != before.id
-    assert home.run_as_asked()[1].warm
-
-
-@pytest.mark.parametrize("place", [before_step("first-run", s) for s in FirstRun.steps], ids=str)
-def test_killed_in_a_first_run(tiny_image: Image, place: Place) -> None:
-    """No sandbox; at most one ready snapshot, and it can be used."""
-    with real_home(tiny_image) as home:
-        home.client.images()
-        kill_at(home, place, home.run_as_asked)
-        assert home.client.sandboxes(everything=True) == []
-        assert home.vmms() == []
-        kept = len(ready(home))
-        later, answer = home.run_as_asked()
-        assert answer.warm == bool(kept)
-        assert later.sh("echo up").strip() == "up"
-        assert len(ready(home)) == 1
-
-
-def test_killed_in_a_warm_run(home: Daemon) -> None:
-    """No sandbox; the ready snapshot stays."""
-    for step in WarmRun.steps:
-        kill_at(home, before_step("warm-run", step), home.run_as_asked)
-        assert home.client.sandboxes(everything=True) == []
-        assert home.vmms() == []
     assert home.run_as_asked()[1].warm
 
 

@@ -27,14 +27,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import diapause.sandbox
 from diapause.model import CheckRequest, GcRequest, RunRequest
+from diapause.sandbox.cold import Cold
 from diapause.sandbox.freeze import Freeze, Thaw
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.remove import Remove
+from diapause.sandbox.restore import Restore
 from diapause.sandbox.resume import Boot, Fork, Resume
 from diapause.sandbox.upkeep.collect import Gc
 from diapause.sandbox.upkeep.forget import RemoveSnapshot
 from diapause.sandbox.upkeep.repair import Repair
 from diapause.sandbox.verb import Verb
+from diapause.sandbox.warm import FirstRun, WarmRun
+from diapause.units import MIB
 from tests.framework import coupled
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import DISK_BYTES, MEMORY_BYTES, WAIT_S, Sandbox
@@ -286,6 +290,77 @@ class _RemoveSnapshot(Makes):
 
     def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
         assert (self.snapshot in ground.snapshot_ids()) is not committed
+
+
+class _Restore(Scenario):
+    verb, commit = Restore, "point"
+    before, after = "frozen", "paused"
+    # Its present state is given up: nobody asks its VMM for anything.
+    bereaved: ClassVar = dict.fromkeys(("ready", "save", "point", "end"), "paused")
+
+    def subject(self, ground: Ground) -> Sandbox:
+        guest = ground.guest()
+        self.snapshot = guest.save("disk").snapshot
+        guest.freeze()
+        return guest
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        assert subject is not None
+        return subject.restore(self.snapshot, discard=True)
+
+
+class _Cold(Scenario):
+    verb, commit = Cold, "publish"
+    before = "stopped"
+    bereaved: ClassVar = {
+        "thaw": "stopped", "greet": "stopped", "publish": "stopped", END: "failed",
+    }  # fmt: skip
+
+    def subject(self, ground: Ground) -> Sandbox:
+        guest = ground.fork()
+        guest.in_background("sync; usleep 200000; poweroff -f")
+        ground.reaches(guest, "stopped")
+        return guest
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        assert subject is not None
+        return subject.resume(cold=True)
+
+    def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
+        assert subject is not None
+        if not committed:
+            subject.resume(cold=True)
+        coupled.start(subject)
+
+
+class _FirstRun(Makes):
+    verb = FirstRun
+    number = 0
+    bereaved: ClassVar = {
+        "thaw": "gone", "wake": "gone", "keep": "gone", "greet": "gone", "publish": "gone",
+        END: "failed",
+    }  # fmt: skip
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        type(self).number += 1  # another shape each time: the last one's may be ready
+        memory_bytes = MEMORY_BYTES + self.number * MIB
+        return ground.daemon.run_as_asked(memory_bytes=memory_bytes)
+
+
+class _WarmRun(Makes):
+    verb = WarmRun
+    # It is booted instead.
+    bereaved: ClassVar = {
+        "load": "running", "thaw": "running", "greet": "running", "publish": "running",
+        END: "failed",
+    }  # fmt: skip
+
+    def subject(self, ground: Ground) -> None:
+        sandbox, _ = ground.daemon.run_as_asked()
+        sandbox.remove()
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        return ground.daemon.run_as_asked()
 
 
 def verbs() -> list[type[Verb]]:

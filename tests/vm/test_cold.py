@@ -7,17 +7,12 @@ import signal
 
 import pytest
 
-from diapause.catalog import SandboxRecord
 from diapause.errors import BlobDamaged, BlobMissing, DiapauseError, WrongState
-from diapause.sandbox.cold import Cold
-from tests.framework.catalog_tap import Place, Tap, at_end, before_step
+from tests.framework.catalog_tap import Tap, before_step
 from tests.framework.fake_home import eventually
-from tests.framework.kills import kill_at
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
-
-PLACES = [*(before_step("cold", step) for step in Cold.steps), at_end("cold")]
 
 
 def powered_off(guest: Sandbox) -> None:
@@ -131,15 +126,3 @@ def test_only_what_ended_is_booted(guest: Sandbox) -> None:
         guest.resume(cold=True)
     assert f"diapause resume {guest.id}" in refused.value.advice
     assert guest.resume().warm
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.name)
-def test_killed_in_a_cold_resume(daemon: Daemon, guest: Sandbox, place: Place) -> None:
-    """Stopped as before, or running; the disk is whole either way."""
-    guest.sh("echo after >/data/said; sync")
-    powered_off(guest)
-    kill_at(daemon, place, lambda: guest.resume(cold=True))
-    record: SandboxRecord = daemon.record(guest.id)
-    assert guest.state == ("running" if place == PLACES[-1] else "stopped"), record
-    guest.resume(cold=True)
-    assert on_disk(guest) == "after"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diapause.errors import DiapauseError, WrongState
-from tests.framework.catalog_tap import Place, at_end, before_step
+from tests.framework.catalog_tap import before_step
 from tests.framework.clock import clock_error_s, uptime_s
 from tests.framework.fake_home import eventually
 from tests.framework.guest_exec import Follower
@@ -142,35 +142,6 @@ def test_a_new_daemon_keeps_a_frozen_guest_frozen(daemon: Daemon, guest: Sandbox
     assert _processor_ticks(pid) - used < os.sysconf("SC_CLK_TCK") / 4
     assert guest.thaw().notes == []
     assert clock_error_s(guest) <= 0.1
-    guest.counts_beyond(value)
-
-
-FREEZE_PLACES = [before_step("freeze", "stop"), before_step("freeze", "publish")]
-
-
-@pytest.mark.parametrize("place", [*FREEZE_PLACES, at_end("freeze")], ids=lambda place: place.name)
-def test_killed_in_a_freeze(daemon: Daemon, guest: Sandbox, place: Place) -> None:
-    """Running or frozen, as the row says; nobody is left standing."""
-    guest.start_counter()
-    value = guest.counted()
-    kill_at(daemon, place, guest.freeze)
-    assert guest.state == ("running" if place in FREEZE_PLACES else "frozen")
-    guest.thaw()
-    guest.counts_beyond(value)
-
-
-THAW_PLACES = [before_step("thaw", step) for step in ("publish", "thaw", "greet")]
-
-
-@pytest.mark.parametrize("place", [*THAW_PLACES, at_end("thaw")], ids=lambda place: place.name)
-def test_killed_in_a_thaw(daemon: Daemon, guest: Sandbox, place: Place) -> None:
-    """Frozen until the row says that it runs."""
-    guest.start_counter()
-    value = guest.counted()
-    guest.freeze()
-    kill_at(daemon, place, guest.thaw)
-    assert guest.state == ("frozen" if place == THAW_PLACES[0] else "running")
-    guest.thaw()
     guest.counts_beyond(value)
 
 
