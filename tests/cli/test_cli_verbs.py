@@ -259,7 +259,7 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw", "restore",
         "completion", "events",
-        "cp",
+        "cp", "console",
         "support-bundle", "system reset",
         "snapshot rm", "gc", "check", "df", "snapshot verify", "snapshot diff", "snapshot tree",
     }  # fmt: skip

@@ -400,6 +400,10 @@ class FakeEngine:
         root = self.home.root
         return FakeSession(request, root / "abandoned", root / "hostile")
 
+    async def console(self, reference: str) -> FakeSession:
+        """What is typed is shown, as a terminal's echo."""
+        return await self.exec(reference, ExecRequest(argv=["cat"]))
+
     def _stall(self) -> None:
         """Hold a verb while the file `stall` is there; `stalled` says that it is held."""
         bound = time.monotonic() + 30

@@ -61,7 +61,7 @@ def test_the_machine_is_versioned(guest: Sandbox) -> None:
 def test_sockets_are_closed_to_others(daemon: Daemon, guest: Sandbox) -> None:
     """0600, in a directory of 0700."""
     paths = SocketPaths(daemon.home.sockets, guest.id).all()
-    assert [path.stat().st_mode & 0o777 for path in paths] == [0o600] * 3
+    assert [path.stat().st_mode & 0o777 for path in paths] == [0o600] * 4
     assert daemon.home.sockets.stat().st_mode & 0o777 == 0o700
 
 

@@ -18,7 +18,7 @@ import msgspec
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
-from websockets.protocol import State
+from websockets.protocol import Event, State
 from websockets.uri import parse_uri
 
 from diapause import limits
@@ -52,10 +52,11 @@ class ExecClient:
         sandbox: str,
         request: ExecRequest,
         streams: tuple[int, int, int] = (0, 1, 2),
+        path: str = "exec",
     ) -> None:
         self._request = request
         self._stdin, stdout, stderr = streams
-        self._uri = parse_uri(f"ws://diapause/v1/sandboxes/{segment(sandbox)}/exec")
+        self._uri = parse_uri(f"ws://diapause/v1/sandboxes/{segment(sandbox)}/{path}")
         self._outgoing = bytearray()
         self._credit = STDIN_WINDOW_BYTES
         self._stdin_open = request.stdin
@@ -65,6 +66,7 @@ class ExecClient:
             STDERR: StreamWriter(stderr, self._wakeups.wake),
         }
         self._exit: int | None = None
+        self._early: list[Event] = []
         self._socket = client.begin(self._shake_hands)
 
     def run(self) -> int:
@@ -73,10 +75,12 @@ class ExecClient:
             return self._run()
 
     def _run(self) -> int:
-        self._send_text(self._request)
+        self._begin()
         with raw_terminal(self._request.tty and self._request.stdin):
             try:
                 with self._wakeups.handling(self._signals):
+                    for event in self._early:
+                        self._take_event(event)
                     while self._exit is None:
                         self._turn()
             except DiapauseError:
@@ -85,6 +89,9 @@ class ExecClient:
             self._finish_writing()
             self._look_at_writers()
         return self._exit
+
+    def _begin(self) -> None:
+        self._send_text(self._request)
 
     def _finish_writing(self) -> None:
         """Write what had come, however the stream ended; a signal ends this program now."""
@@ -110,6 +117,7 @@ class ExecClient:
                 raise ExecCut(cause=f"the daemon refused: {self._protocol.handshake_exc}")
             if events:
                 assert isinstance(events[0], Response)
+                self._early = events[1:]  # a refusal may come with the handshake
                 connected.setblocking(False)
                 return connected
 
@@ -158,11 +166,14 @@ class ExecClient:
             raise ExecCut(cause="the daemon went away")
         self._protocol.receive_data(data)
         for event in self._protocol.events_received():
-            if isinstance(event, Frame):
-                self._take(event)
+            self._take_event(event)
         self._outgoing += b"".join(self._protocol.data_to_send())
         if self._protocol.parser_exc is not None:
             raise ExecCut(cause=f"the stream is malformed: {self._protocol.parser_exc}")
+
+    def _take_event(self, event: Event) -> None:
+        if isinstance(event, Frame):
+            self._take(event)
 
     def _take(self, frame: Frame) -> None:
         if frame.opcode is Opcode.BINARY and frame.fin:

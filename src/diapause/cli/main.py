@@ -35,7 +35,7 @@ _VERBS = {
         "thaw": "freeze", "restore": "restore",
         "completion": "completion",
         "events": "events",
-        "cp": "cp",
+        "cp": "cp", "console": "console",
         "system": "system",
     }.items()
 }  # fmt: skip

@@ -23,7 +23,7 @@ from starlette.routing import Route as HttpRoute
 
 from diapause import __version__, limits
 from diapause.daemon.event_stream import event_stream
-from diapause.daemon.exec_stream import exec_stream
+from diapause.daemon.exec_stream import console_stream, exec_stream
 from diapause.daemon.logs import console
 from diapause.daemon.metrics import metrics_response
 from diapause.daemon.openapi import document
@@ -53,11 +53,15 @@ def application(state: State) -> Starlette:
     return made
 
 
+_SOCKETS = {"exec": exec_stream, "console": console_stream}
+
+
 def _http_routes(state: State) -> list[BaseRoute]:
     streams: dict[str, Endpoint] = {
         "system": partial(_system, state),
         "logs": partial(_logs, state),
-        "exec": _needs_websocket,
+        "exec": partial(_needs_websocket, "exec"),
+        "console": partial(_needs_websocket, "console"),
         "events": partial(_events, state),
         "metrics": partial(_metrics, state),
         "openapi": partial(_openapi, msgspec.json.encode(document())),
@@ -69,9 +73,9 @@ def _http_routes(state: State) -> list[BaseRoute]:
         endpoint = streams[route.stream] if route.stream else partial(_answer, state, route)
         by_path.setdefault(route.path, {})[route.method] = endpoint
     found: list[BaseRoute] = [
-        WebSocketRoute(route.path, partial(exec_stream, state))
+        WebSocketRoute(route.path, partial(_SOCKETS[route.stream], state))
         for route in ROUTES
-        if route.stream == "exec"
+        if route.stream in _SOCKETS
     ]
     for path, methods in by_path.items():
         found.append(HttpRoute(path, partial(_dispatch, methods), methods=list(methods)))
@@ -193,9 +197,10 @@ async def _metrics(state: State, request: Request) -> Response:
     return metrics_response(await state.workers.read(engine.metrics))
 
 
-async def _needs_websocket(request: Request) -> Response:
-    await _checked(_route("exec"), request)
-    error = InvalidRequest(what="the request", cause="exec is a WebSocket; ask for an upgrade")
+async def _needs_websocket(stream: str, request: Request) -> Response:
+    await _checked(_route(stream), request)
+    cause = f"{stream} is a WebSocket; ask for an upgrade"
+    error = InvalidRequest(what="the request", cause=cause)
     return _error_response(error, status=426, headers={"Upgrade": "websocket"})
 
 

@@ -152,6 +152,9 @@ class Engine(Protocol):
     async def exec(self, reference: str, request: ExecRequest) -> Session:
         """Start a command in a running sandbox."""
 
+    async def console(self, reference: str) -> Session:
+        """The console of a running sandbox, for one client at a time."""
+
 
 # Opens a home in a worker thread at start: recovers what a killed daemon left and adopts the
 # guests that run. `Engine.open` in the product.

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -43,12 +43,24 @@ CREDIT_STEP_BYTES = STDIN_WINDOW_BYTES // 4
 _CLOSE_NORMAL, _CLOSE_ERROR = 1000, 1011
 
 
+Begin = Callable[[State, WebSocket], Awaitable[Session]]
+
+
 async def exec_stream(state: State, socket: WebSocket) -> None:
-    """Serve one stream from its handshake to its last report."""
+    """Serve one command from its handshake to its last report."""
+    await _serve(state, socket, _begin_exec)
+
+
+async def console_stream(state: State, socket: WebSocket) -> None:
+    """Serve one visit at a console; it has no request and ends by a report with an error."""
+    await _serve(state, socket, _begin_console)
+
+
+async def _serve(state: State, socket: WebSocket, begin: Begin) -> None:
     await socket.accept()
     state.streams += 1
     try:
-        report = await _run(state, socket)
+        report = await _run(state, socket, begin)
     except WebSocketDisconnect:
         return
     except DiapauseError as error:
@@ -61,10 +73,24 @@ async def exec_stream(state: State, socket: WebSocket) -> None:
     await _finish(socket, report)
 
 
-async def _run(state: State, socket: WebSocket) -> Report:
+async def _run(state: State, socket: WebSocket, begin: Begin) -> Report:
     if state.streams > STREAMS_MAX:
         cause = f"{STREAMS_MAX} exec streams are open already"
         raise InvalidRequest(what="another exec", cause=cause)
+    session = await begin(state, socket)
+    try:
+        return await _pump(socket, session)
+    except BaseException:
+        session.abandon()
+        raise
+
+
+async def _begin_console(state: State, socket: WebSocket) -> Session:
+    engine = await state.engine()
+    return await engine.console(str(socket.path_params["ref"]))
+
+
+async def _begin_exec(state: State, socket: WebSocket) -> Session:
     try:
         message = await asyncio.wait_for(_receive(socket), FIRST_MESSAGE_S)
     except TimeoutError as error:
@@ -75,12 +101,7 @@ async def _run(state: State, socket: WebSocket) -> Report:
     request = decode_request(message)
     engine = await state.engine()
     wanted = msgspec.convert(request, guest.ExecRequest, from_attributes=True)
-    session = await engine.exec(str(socket.path_params["ref"]), wanted)
-    try:
-        return await _pump(socket, session)
-    except BaseException:
-        session.abandon()
-        raise
+    return await engine.exec(str(socket.path_params["ref"]), wanted)
 
 
 async def _pump(socket: WebSocket, session: Session) -> Report:

@@ -78,7 +78,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
 
 
 def _success(route: Route, schema_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    if route.stream == "exec":
+    if route.stream in ("exec", "console"):
         return {"101": {"description": "The WebSocket is open"}}
     if route.stream == "logs":
         content: dict[str, Any] = {"application/octet-stream": {}}

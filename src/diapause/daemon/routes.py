@@ -153,6 +153,10 @@ ROUTES: tuple[Route, ...] = (
         stream="exec",
     ),
     Route(
+        "GET", SANDBOX + "/console", "sandboxConsole",
+        "Read and type on the console: a WebSocket, see docs/api.md", stream="console",
+    ),
+    Route(
         "POST", "/v1/forks", "fork", "Make new sandboxes from a sandbox or a snapshot",
         model.ForkAnswer, model.ForkRequest, lambda engine, call: engine.fork(call.body),
     ),

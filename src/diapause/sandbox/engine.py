@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
 
+    from diapause.guest.console import ConsoleSession
     from diapause.guest.session import ExecRequest, Session
     from diapause.model import (
         CaptureAnswer,
@@ -224,3 +225,9 @@ class Engine:
         require(record, "exec", "running")
         link = await self._runs.guest(record).answering_link(AGENT_READY_S)
         return await link.exec(request)
+
+    async def console(self, reference: str) -> ConsoleSession:
+        """The console of a running sandbox, for one client at a time."""
+        record = find_sandbox(self._catalog, reference)
+        require(record, "console", "running")
+        return await self._runs.guest(record).open_console()

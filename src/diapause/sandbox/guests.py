@@ -13,7 +13,8 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-from diapause.errors import AgentUnreachable, DiapauseError
+from diapause.errors import AgentUnreachable, DiapauseError, InvalidRequest, VmmFailed
+from diapause.guest.console import ConsoleSession, open_console
 from diapause.guest.link import Identity, Link, Welcome
 from diapause.limits import QMP_CONNECT_S, QMP_LINE_BYTES_MAX
 
@@ -37,6 +38,7 @@ class Guest:
         self._loop = loop
         self._watch: asyncio.Task[None] | None = None
         self._pidfd = -1
+        self._console_is_open = False
         self._reconnecting = asyncio.Lock()
         self.stalled: str | None = None  # why the VMM stopped it over its disk; it is seen to
 
@@ -80,6 +82,27 @@ class Guest:
         # In a thread: a VMM that hangs takes no connections, and the daemon goes on.
         connection = await asyncio.to_thread(self.machine.agent_socket, bound_s)
         return await self.link.attach(connection, identity=identity, bound_s=bound_s)
+
+    # -- the console -----------------------------------------------------------------------------
+
+    async def open_console(self) -> ConsoleSession:
+        """The console, for one client at a time; awaited in the loop."""
+        assert self.machine is not None
+        if self._console_is_open:
+            cause = "another client has it open"
+            raise InvalidRequest(what=f"the console of {self.sandbox}", cause=cause)
+        self._console_is_open = True
+        try:
+            return await open_console(self.machine.paths.console, self._console_closed)
+        except OSError as error:  # a bound that was reached as well
+            self._console_closed()
+            raise VmmFailed(
+                sandbox=self.sandbox, step="console",
+                cause=f"its console takes no connections: {error}",
+            ) from error  # fmt: skip
+
+    def _console_closed(self) -> None:
+        self._console_is_open = False
 
     def detach(self) -> None:
         """The VMM is about to go: the sessions wait for the next one."""

@@ -38,6 +38,7 @@ class Descriptors:
     events: int
     agent: int
     console: int
+    console_port: int
     disks: tuple[tuple[int, int], ...]  # (base, overlay)
     boot: tuple[int, int] | None = None  # (kernel, initial file system)
     kvm: int | None = None
@@ -118,7 +119,9 @@ def _monitors(fds: Descriptors) -> list[str]:
 def _ports(fds: Descriptors) -> list[str]:
     return [
         "-add-fd", f"fd={fds.console},set=1",
-        "-chardev", "file,id=console,path=/dev/fdset/1,append=on",
+        # Whoever connects reads and types; the log has all of it, also while nobody does.
+        "-chardev", f"socket,id=console,fd={fds.console_port},server=on,wait=off,"
+                    "logfile=/dev/fdset/1,logappend=on",
         "-serial", "chardev:console",
         "-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off",
     ]  # fmt: skip

@@ -151,6 +151,7 @@ class QemuDriver:
             commands=handed.listener(paths.commands),
             events=handed.listener(paths.events),
             agent=handed.listener(paths.agent),
+            console_port=handed.listener(paths.console),
             console=handed.file(plan.console_log, _APPEND),
             disks=tuple(
                 (handed.file(disk.base, os.O_RDONLY), handed.file(disk.overlay, os.O_RDWR))

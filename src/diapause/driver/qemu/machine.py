@@ -47,10 +47,11 @@ class SocketPaths:
         self.commands = sockets / f"{sandbox}.qmp"
         self.events = sockets / f"{sandbox}.events"
         self.agent = sockets / f"{sandbox}.agent"
+        self.console = sockets / f"{sandbox}.console"
 
-    def all(self) -> tuple[Path, Path, Path]:
-        """Every path, in the order of `Descriptors`."""
-        return (self.commands, self.events, self.agent)
+    def all(self) -> tuple[Path, Path, Path, Path]:
+        """Every path."""
+        return (self.commands, self.events, self.agent, self.console)
 
     def unlink(self) -> None:
         """Remove them; what is gone stays gone."""
