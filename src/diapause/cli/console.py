@@ -16,8 +16,7 @@ _EXAMPLES = """\b
 Examples:
   diapause console web
   diapause console --tail 0 --escape web
-Ctrl-] leaves; the guest goes on. One client at a time has the console. Its whole output is in
-`diapause logs`."""
+Ctrl-] leaves; the guest goes on. One client at a time has the console; the log has all of it."""
 
 
 @click.command(epilog=_EXAMPLES)
