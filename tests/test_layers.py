@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("events", "journal", "migrations"),
     ("database",),
     ("_core",),
-    ("config", "model"),
+    ("config", "model", "operation"),
     ("errors", "limits"),
     ("units", "__version__"),
 )

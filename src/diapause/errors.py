@@ -122,7 +122,7 @@ class WrongState(DiapauseError):
 
 
 class Busy(DiapauseError):
-    """Sandbox {sandbox} was busy with another verb for {waited_s:.0f} s."""
+    """Sandbox {sandbox} is busy: {cause}."""
 
     code, exit_code, status = "busy", 16, 409
     hint = "Try again; `diapause inspect {sandbox}` says what it is doing."
@@ -149,6 +149,13 @@ class HomeBusy(DiapauseError):
     hint = "Try again when it is done."
 
 
+class OperationNotFound(DiapauseError):
+    """There is no operation {operation!r}."""
+
+    code, exit_code, status = "operation_not_found", 29, 404
+    hint = "An id has 16 hex digits; operations of long ago are forgotten."
+
+
 class NotEnoughMemory(DiapauseError):
     """{what} needs {needed_bytes} bytes of memory; the host has {available_bytes} available."""
 
@@ -168,6 +175,20 @@ class StorageFailed(DiapauseError):
 
     code, exit_code, status = "storage_failed", 22, 500
     hint = "Check the file system below the home."
+
+
+class Cancelled(DiapauseError):
+    """Operation {operation} ({verb}) was cancelled."""
+
+    code, exit_code, status = "cancelled", 130, 409
+    hint = "What it had done was put back."
+
+
+class KeyReused(DiapauseError):
+    """The idempotency key {key!r} belongs to another request."""
+
+    code, exit_code, status = "key_reused", 24, 422
+    hint = "Use a fresh key for each request, and the same one only to repeat it."
 
 
 class VmmMissing(DiapauseError):

@@ -24,6 +24,9 @@ EXEC_MESSAGE_BYTES_MAX = 64 * KIB
 EXEC_ARGUMENTS_MAX = 4096
 EXEC_ARGUMENTS_BYTES_MAX = 128 * KIB
 VERBS_AT_ONCE_MAX = 64
+VERBS_OF_ONE_SANDBOX_MAX = 8  # of those at once; the others of that sandbox wait outside
+LOCK_WAITERS_MAX = 32
+OPERATIONS_SEEN_MAX = 1000  # that have ended and are still remembered by the daemon
 
 # What the catalog keeps of the past.
 EVENTS_MAX = 10_000

@@ -294,6 +294,32 @@ class DiffAnswer(Answer):
     devices: list[DeviceDifference]
 
 
+class ProgressInfo(Answer):
+    """How far a part of an operation is; `total_bytes` is null where nobody knows."""
+
+    what: str
+    done_bytes: int
+    total_bytes: int | None
+    elapsed_ms: float
+
+
+OperationState = Literal["running", "cancelling", "done", "failed", "cancelled", "recovered"]
+
+
+class OperationAnswer(Answer):
+    """What a client asked for; `recovered`: a daemon died in it and the next one settled it."""
+
+    operation: str
+    verb: str
+    state: OperationState
+    sandbox: str | None  # as it was named, or the one it made
+    step: str | None
+    began_at: str
+    elapsed_ms: float
+    progress: ProgressInfo | None = None
+    error: dict[str, Any] | None = None
+
+
 class SandboxRow(Answer):
     """A line of `ps`."""
 

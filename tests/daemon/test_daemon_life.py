@@ -134,14 +134,19 @@ def test_a_verb_goes_on_without_its_client(place: FakeHome) -> None:
 
 
 def test_reads_answer_beside_a_long_verb(place: FakeHome) -> None:
-    place.client.run(RunRequest(name="web"))
+    """More verbs than there are threads, on three sandboxes that are stuck."""
+    names = ["web", "db", "job"]
+    for name in names:
+        place.client.run(RunRequest(name=name))
     (place.home.root / "stall").touch()
-    request = CaptureRequest()
-    pauses = [threading.Thread(target=place.client.pause, args=("web", request)) for _ in range(70)]
+    pauses = [
+        threading.Thread(target=place.client.pause, args=(name, CaptureRequest()))
+        for name in names * 24
+    ]
     for pause in pauses:
         pause.start()
     eventually("the verb's begin", (place.home.root / "stalled").exists)
-    assert [row.name for row in place.client.sandboxes()] == ["web"]
+    assert [row.name for row in place.client.sandboxes()] == names
     (place.home.root / "stall").unlink()
     for pause in pauses:
         pause.join(30)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import diapause
 from diapause import model
+from diapause.catalog import Catalog
 from diapause.errors import (
     AmbiguousReference,
     ExecCut,
@@ -30,6 +31,7 @@ from diapause.errors import (
 )
 from diapause.guest.session import ExecRequest
 from diapause.model import Event
+from diapause.operation import checkpoint, progress
 from diapause.sandbox.network import check_network
 from diapause.store.home import Home
 
@@ -203,6 +205,10 @@ class FakeEngine:
         self._rows: dict[str, model.SandboxRow] = {}
         self._gone: set[str] = set()
         self._snapshots: dict[str, model.SnapshotDetail] = {}
+        self.journal = Catalog(home.catalog).journal
+
+    def made_by(self, operation: str, request: object) -> model.Answer | None:
+        return None
 
     @classmethod
     def open(cls, home: Home, loop: asyncio.AbstractEventLoop) -> FakeEngine:
@@ -410,6 +416,8 @@ class FakeEngine:
         if (self.home.root / "stall").exists():
             (self.home.root / "stalled").touch()
         while (self.home.root / "stall").exists() and time.monotonic() < bound:
+            progress(3_000_000, 9_000_000, "stalling")
+            checkpoint()
             time.sleep(0.01)
 
     def _find(self, reference: str) -> model.SandboxRow:

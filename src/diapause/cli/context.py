@@ -24,9 +24,10 @@ class Context:
 
     def client(self) -> Client:
         """The client of this home's daemon."""
+        from diapause.cli.attend import attended
         from diapause.daemon.client import Client
 
-        return Client(self.home, self.command)
+        return Client(self.home, self.command, attend=attended)
 
 
 def _say_json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import click
 
 from diapause import __version__
+from diapause.cli.attend import Interrupted
 from diapause.cli.context import Context, json_option
 from diapause.cli.lazy import LazyGroup
 from diapause.cli.output import error_text, json_document, say
@@ -116,6 +117,10 @@ def _run(words: list[str], context: Context) -> int:
         error_text(error)
         _document(context, error)
         return error.exit_code
+    except Interrupted as interrupted:
+        say(f"diapause: {interrupted}")
+        _document(context, interrupted.error)
+        return INTERRUPTED
     except (KeyboardInterrupt, click.Abort):
         with contextlib.suppress(OSError):
             say("diapause: interrupted; the daemon goes on with what it began")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -21,15 +22,18 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.routing import Route as HttpRoute
 
-from diapause import __version__, limits
+from diapause import __version__, limits, operation
 from diapause.daemon.event_stream import event_stream
 from diapause.daemon.exec_stream import console_stream, exec_stream
 from diapause.daemon.logs import console
 from diapause.daemon.metrics import metrics_response
+from diapause.daemon.once import Once, check_key
 from diapause.daemon.openapi import document
+from diapause.daemon.operations import Asked, of_journal
 from diapause.daemon.routes import NUMBER_MAX, ROUTES, Call, Route, SystemAnswer
 from diapause.daemon.state import State
 from diapause.errors import DiapauseError, InvalidRequest
+from diapause.model import OperationAnswer
 from diapause.store.files import unexpected_storage_error
 
 log = logging.getLogger("diapause.daemon")
@@ -59,6 +63,8 @@ _SOCKETS = {"exec": exec_stream, "console": console_stream}
 def _http_routes(state: State) -> list[BaseRoute]:
     streams: dict[str, Endpoint] = {
         "system": partial(_system, state),
+        "operation": partial(_operation, state),
+        "cancel": partial(_cancel, state),
         "logs": partial(_logs, state),
         "exec": partial(_needs_websocket, "exec"),
         "console": partial(_needs_websocket, "console"),
@@ -93,21 +99,56 @@ async def _answer(state: State, route: Route, request: Request) -> Response:
     engine = await state.engine()
     assert route.handler is not None, route.operation
     work = partial(route.handler, engine, call)
-    began = time.monotonic()
     if route.method == "GET":
         return json_response(await state.workers.read(work))
+    key = request.headers.get("idempotency-key")
+    if key is not None:
+        check_key(key)
+    wanted = request.headers.get("operation-id")
+    asked = state.operations.begin(route.operation, call.line or None, wanted)
+    request.state.operation = asked.operation.id
+    if key is None:
+        doing = _plainly(state, call, work)
+    else:
+        doing = Once(state, engine, asked, key, route, call).perform(work)
+    with operation.under(asked.operation):
+        encoded = await state.workers.verb(_to_its_end(asked, route, call, doing))
+    return Response(encoded, media_type="application/json", headers=_named(request))
+
+
+async def _plainly(state: State, call: Call, work: Callable[[], object]) -> bytes:
+    encoded: bytes = await state.workers.thread(lambda: msgspec.json.encode(work()), call.line)
+    return encoded
+
+
+async def _to_its_end(
+    asked: Asked, route: Route, call: Call, doing: Coroutine[Any, Any, bytes]
+) -> bytes:
+    """Whoever waits for the operation learns what came of it, though its client may have left."""
+    began = time.monotonic()
     try:
-        answer = await state.workers.verb(work)
-    except DiapauseError as error:
-        _log_verb(route, call, began, f"{error.code}: {error.message}")
+        encoded = await doing
+    except BaseException as error:
+        code = error.code if isinstance(error, DiapauseError) else DiapauseError.code
+        _log_verb(route, call, began, f"{code}: {error}")
+        asked.end(error)
         raise
     _log_verb(route, call, began, "done")
-    return json_response(answer)
+    asked.end(encoded)
+    return encoded
 
 
 def _log_verb(route: Route, call: Call, began: float, outcome: str) -> None:
     elapsed_ms = (time.monotonic() - began) * 1000
-    log.info("%s %r in %.1f ms: %s", route.operation, call.ref, elapsed_ms, outcome)
+    known = operation.current()
+    extra = {"operation": known.id} if known is not None else {}
+    log.info("%s %r in %.1f ms: %s", route.operation, call.ref, elapsed_ms, outcome, extra=extra)
+
+
+def _named(request: Request) -> dict[str, str]:
+    """The id of what was done for a request, as a header of its answer."""
+    known = getattr(request.state, "operation", None)
+    return {} if known is None else {"Operation-Id": known}
 
 
 async def _checked(route: Route, request: Request) -> Call:
@@ -177,6 +218,29 @@ async def _system(state: State, request: Request) -> Response:
     )
 
 
+async def _operation(state: State, request: Request) -> Response:
+    call = await _checked(_route("operation"), request)
+    return json_response(await _asked(state, call.ref))
+
+
+async def _cancel(state: State, request: Request) -> Response:
+    """Asked for; what has ended or can't be put back any more stays as it is."""
+    call = await _checked(_route("cancel"), request)
+    if (found := state.operations.under_way(call.ref)) is not None:
+        found.operation.cancel()
+    return json_response(await _asked(state, call.ref))
+
+
+async def _asked(state: State, reference: str) -> OperationAnswer:
+    if (found := state.operations.find(reference)) is not None:
+        return found.answer
+    engine = await state.engine()
+    answer: OperationAnswer = await state.workers.read(
+        lambda: of_journal(engine.journal, reference)
+    )
+    return answer
+
+
 async def _logs(state: State, request: Request) -> Response:
     call = await _checked(_route("logs"), request)
     engine = await state.engine()
@@ -231,7 +295,7 @@ def _error_response(
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, DiapauseError)
-    return _error_response(error)
+    return _error_response(error, headers=_named(request))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -7,9 +7,11 @@ command line pays for it. Failures of the daemon come back as the class they wer
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -42,6 +44,10 @@ class _Connection(http.client.HTTPConnection):
         self.sock = self._connected
 
 
+# Goes around each verb: shows how far its operation is, and cancels it on an interrupt.
+Attend = Callable[["Client", str], AbstractContextManager[None]]
+
+
 class Client:
     """The verbs of one home's daemon."""
 
@@ -50,10 +56,11 @@ class Client:
         home: Home,
         command: DaemonCommand | None = daemon_command,
         bound_s: float = VERB_S,
+        attend: Attend = lambda client, operation: nullcontext(),
     ) -> None:
         """Without a command none is started, and where none runs it is DaemonUnreachable."""
         self.home = home
-        self._command, self._bound_s = command, bound_s
+        self._command, self._bound_s, self._attend = command, bound_s, attend
 
     def begin(self, attempt: Callable[[socket.socket], T]) -> T:
         """What `attempt` makes of a connection to the daemon, which is started if there is none.
@@ -170,6 +177,14 @@ class Client:
         path = f"/v1/snapshots/{segment(old)}/diff"
         return self._call("POST", path, model.DiffAnswer, model.DiffRequest(other=new))
 
+    def operation(self, operation: str) -> model.OperationAnswer:
+        """How far something is that a client asked for."""
+        return self._ask("GET", f"/v1/operations/{segment(operation)}", model.OperationAnswer)
+
+    def cancel(self, operation: str) -> model.OperationAnswer:
+        """Ask for an operation's end; what it had done is put back. Does not wait for it."""
+        return self._ask("DELETE", f"/v1/operations/{segment(operation)}", model.OperationAnswer)
+
     def logs(
         self, reference: str, follow: bool = False, tail: int | None = None
     ) -> Iterator[bytes]:
@@ -209,8 +224,23 @@ class Client:
     def _call(
         self, method: str, path: str, answer: type[T], body: msgspec.Struct | None = None
     ) -> T:
+        """Ask for something; a verb under an operation of its own."""
+        if method == "GET":
+            return self._ask(method, path, answer)
+        operation = os.urandom(8).hex()
+        with self._attend(self, operation):
+            return self._ask(method, path, answer, body, {"Operation-Id": operation})
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        answer: type[T],
+        body: msgspec.Struct | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> T:
         encoded = None if body is None else msgspec.json.encode(body)
-        with self._request(method, path, encoded, self._bound_s) as response:
+        with self._request(method, path, encoded, self._bound_s, headers) as response:
             try:
                 raw = response.read(ANSWER_BYTES_MAX)
             except (OSError, http.client.HTTPException) as error:
@@ -223,9 +253,14 @@ class Client:
             raise DaemonUnreachable(home=self.home.root, cause=f"its answer: {error}") from error
 
     def _request(
-        self, method: str, path: str, body: bytes | None, bound_s: float | None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        bound_s: float | None,
+        more: dict[str, str] | None = None,
     ) -> http.client.HTTPResponse:
-        headers = {"Connection": "close"}
+        headers = {"Connection": "close", **(more or {})}
         if body is not None:
             headers["Content-Type"] = "application/json"
 

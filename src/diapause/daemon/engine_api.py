@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from diapause.guest.session import ExecRequest
+from diapause.journal import Journal
 from diapause.model import (
+    Answer,
     CaptureAnswer,
     CaptureRequest,
     CheckAnswer,
@@ -70,6 +72,13 @@ class Session(Protocol):
 
 class Engine(Protocol):
     """What one home can do."""
+
+    @property
+    def journal(self) -> Journal:
+        """What happened and is under way; what idempotency keys stand for."""
+
+    def made_by(self, operation: str, request: object) -> Answer | None:
+        """The answer of what a daemon that died made for a request; None where it made nothing."""
 
     def close(self) -> None:
         """Let go of everything; guests go on."""

@@ -17,6 +17,23 @@ _DESCRIPTION = (
 )
 
 
+_HEADERS: list[dict[str, Any]] = [
+    {
+        "name": "Operation-Id", "in": "header", "required": False,
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{16}$"},
+        "description": "the id to know what is done by, at /v1/operations; answered always",
+    },
+    {
+        "name": "Idempotency-Key", "in": "header", "required": False,
+        "schema": {
+            "type": "string", "pattern": "^[!-~]+$", "minLength": 1,
+            "maxLength": limits.IDEMPOTENCY_KEY_LENGTH_MAX,
+        },
+        "description": "the same request under the same key is done once and answered the same",
+    },
+]  # fmt: skip
+
+
 def document() -> dict[str, Any]:
     """The whole document."""
     types = [ErrorAnswer, ExecRequest, Control, Report]
@@ -68,6 +85,8 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
         found.append(
             {"name": "ref", "in": "path", "required": True, "schema": schema, "description": text}
         )
+    if route.method != "GET" and route.handler is not None:
+        found += _HEADERS
     for name, text in route.flags.items():
         schema = {"type": "boolean", "default": False}
         found.append({"name": name, "in": "query", "schema": schema, "description": text})

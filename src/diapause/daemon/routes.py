@@ -51,6 +51,11 @@ class Call:
     numbers: dict[str, int | None] = field(default_factory=dict)
     body: Any = None
 
+    @property
+    def line(self) -> str:
+        """The sandbox whose verbs it stands in line with, as it was named; or an empty string."""
+        return self.ref or str(getattr(self.body, "source", ""))
+
 
 # Of a parameter that is a number: what every client and SQLite can hold.
 NUMBER_MAX = 2**53
@@ -81,6 +86,7 @@ def _get(path: str, operation: str, summary: str, answer: Any, handler: Handler)
 
 
 SANDBOX = "/v1/sandboxes/{ref}"
+OPERATION = "/v1/operations/{ref}"
 
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/system", "system", "The daemon itself", SystemAnswer, stream="system"),
@@ -198,5 +204,13 @@ ROUTES: tuple[Route, ...] = (
         lambda engine, call: engine.diff_snapshots(call.ref, call.body.other),
     ),
     _get("/v1/df", "df", "What takes space", model.DfAnswer, lambda engine, call: engine.df()),
+    Route(
+        "GET", OPERATION, "inspectOperation", "How far something is that a client asked for",
+        model.OperationAnswer, stream="operation",
+    ),
+    Route(
+        "DELETE", OPERATION, "cancelOperation", "Cancel it, if it can still be; answers at once",
+        model.OperationAnswer, stream="cancel",
+    ),
     Route("GET", "/openapi.json", "openapi", "This API as an OpenAPI document", stream="openapi"),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from diapause import limits
 from diapause.daemon.engine_api import Engine, OpenEngine
+from diapause.daemon.operations import Operations
 from diapause.daemon.workers import Workers
 from diapause.errors import DaemonUnreachable, DiapauseError
 from diapause.store.files import unexpected_storage_error
@@ -27,6 +28,7 @@ class State:
     home: Home
     open_engine: OpenEngine
     workers: Workers = field(default_factory=Workers)
+    operations: Operations = field(default_factory=Operations)
     failure: DiapauseError | None = None
     streams: int = 0
     _engine: Engine | None = None

@@ -38,6 +38,7 @@ from diapause.limits import (
     PACK_S,
 )
 from diapause.model import CaptureAnswer
+from diapause.operation import shielded, wait_for
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.rescue import thaw_if_it_stands, thaw_when_it_answers
 from diapause.sandbox.verb import Verb, new_id
@@ -69,6 +70,7 @@ class Capture(Verb):
     """A pause or a save; the subclasses say what comes before and after."""
 
     steps: ClassVar[tuple[str, ...]] = ("prepare", "freeze", "keep", "commit")
+    sure_from: ClassVar[str] = "commit"
     goes_on: ClassVar[bool]
 
     def __init__(
@@ -124,7 +126,8 @@ class Capture(Verb):
             if not self.mark.exists():
                 write_file(self.mark, (self.snapshot or "").encode(), sync=False, mode=0o600)
         if self.request.quiesce:
-            self._quiesce()
+            with shielded():  # bounded, and what it froze it must thaw
+                self._quiesce()
 
     def _need_space(self, estimate: int) -> None:
         """Refuse before anything stops what can't be kept afterwards."""
@@ -173,7 +176,11 @@ class Capture(Verb):
             self.notes.append(f"file systems are thawed late: {error.message}")
 
     def do_freeze(self) -> None:
-        """The frozen section."""
+        """The frozen section; one that began runs to its end, and a cancel is seen after it."""
+        with shielded():
+            self._freeze()
+
+    def _freeze(self) -> None:
         assert self.buffer is not None
         plan = FreezePlan(
             state=self.files.raw_state,
@@ -227,7 +234,8 @@ class Capture(Verb):
         parent = self._unsynced_parent()
         if parent is None:
             return
-        self.host.behind(f"pack {parent}", lambda: self.host.packer.pack(parent)).result(PACK_S)
+        packing = self.host.behind(f"pack {parent}", lambda: self.host.packer.pack(parent))
+        wait_for(packing, PACK_S)
         if self._unsynced_parent() is not None:
             raise CaptureFailed(
                 sandbox=self.sandbox, step="prepare", guest=self._guest_does,

@@ -6,8 +6,9 @@ import contextlib
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from diapause.errors import DiapauseError
+from diapause.errors import Cancelled, DiapauseError
 from diapause.limits import PACK_S
+from diapause.operation import wait_for
 from diapause.sandbox import admit, views
 from diapause.sandbox.network import CUT_BY_PAUSE, has_network
 from diapause.sandbox.part import Part
@@ -67,8 +68,9 @@ class Captures(Part):
         answer = verb.answer()
         packed = self.pack_behind(answer.snapshot)
         if answer.dirty_source == "compared":
-            with contextlib.suppress(TimeoutError, CancelledError):  # then it is the upper bound
-                packed.result(PACK_S)
+            # Without it the count is an upper bound; the capture itself is done.
+            with contextlib.suppress(TimeoutError, CancelledError, Cancelled):
+                wait_for(packed, PACK_S)
             answer.dirty_pages = views.changed_pages(self.catalog, answer)
         return answer
 

@@ -15,7 +15,7 @@ from diapause import __version__
 from diapause.guest import images
 from diapause.guest.build import build_image
 from diapause.limits import AGENT_READY_S
-from diapause.sandbox import doctor, views
+from diapause.sandbox import doctor, once, views
 from diapause.sandbox.captures import Captures
 from diapause.sandbox.consoles import Rotation
 from diapause.sandbox.freezes import Freezes
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
     from diapause.guest.console import ConsoleSession
     from diapause.guest.session import ExecRequest, Session
+    from diapause.journal import Journal
     from diapause.model import (
+        Answer,
         CaptureAnswer,
         CaptureRequest,
         CheckAnswer,
@@ -84,6 +86,15 @@ class Engine:
     def host(self) -> Host:
         """What all verbs of this home share."""
         return self._host
+
+    @property
+    def journal(self) -> Journal:
+        """What happened and is under way; what idempotency keys stand for."""
+        return self._catalog.journal
+
+    def made_by(self, operation: str, request: object) -> Answer | None:
+        """The answer of what a daemon that died made for a request; None where it made nothing."""
+        return once.made_by(self._host, operation, request)
 
     @classmethod
     def open(cls, home: Home, loop: asyncio.AbstractEventLoop) -> Engine:

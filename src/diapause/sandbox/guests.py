@@ -13,10 +13,11 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
-from diapause.errors import AgentUnreachable, DiapauseError, InvalidRequest, VmmFailed
+from diapause.errors import AgentUnreachable, Cancelled, DiapauseError, InvalidRequest, VmmFailed
 from diapause.guest.console import ConsoleSession, open_console
 from diapause.guest.link import Identity, Link, Welcome
 from diapause.limits import QMP_CONNECT_S, QMP_LINE_BYTES_MAX
+from diapause.operation import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -46,10 +47,13 @@ class Guest:
         """Run a coroutine in the daemon's loop and wait for it here."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(bound_s)
+            return wait_for(future, bound_s)
         except TimeoutError as error:
             future.cancel()
             raise AgentUnreachable(sandbox=self.sandbox, bound_s=bound_s) from error
+        except Cancelled:
+            future.cancel()
+            raise
 
     # -- the agent -------------------------------------------------------------------------------
 

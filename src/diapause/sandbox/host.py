@@ -17,6 +17,7 @@ from diapause.driver.base import Shape, VmmIdentity
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import DiapauseError
 from diapause.limits import END_S
+from diapause.operation import carried
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
 from diapause.sandbox.losses import guest_lost
@@ -120,7 +121,7 @@ class Host:
 
     def aside(self, work: Callable[[], None]) -> Future[None]:
         """Do something short beside a verb; whoever asked waits for it before the verb ends."""
-        return self._beside.submit(work)
+        return self._beside.submit(carried(work))
 
     def watch(self, work: Callable[[], object]) -> Future[object]:
         """Do something that may have to wait for a guest; nobody waits for it."""

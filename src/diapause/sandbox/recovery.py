@@ -34,6 +34,7 @@ from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.frozen import top_node
 from diapause.errors import DiapauseError
 from diapause.limits import AGENT_READY_S, RESCUE_S
+from diapause.operation import shielded
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.losses import fail_lost_captures, fail_lost_sandboxes
 from diapause.sandbox.remove import Remove, end_orphan
@@ -108,6 +109,11 @@ def is_unsettled(host: Host, record: SandboxRecord) -> bool:
 
 def settle(host: Host, record: SandboxRecord) -> None:
     """Bring one sandbox out of a verb that nobody is taking any further; nobody may hold it."""
+    with shielded():  # another verb's work, whatever becomes of the one that found it
+        _settle(host, record)
+
+
+def _settle(host: Host, record: SandboxRecord) -> None:
     operations = host.catalog.journal.open_operations(record.id)
     if record.state == "creating":
         end_orphan(host, record.id)

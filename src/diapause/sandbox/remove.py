@@ -25,6 +25,7 @@ class Remove(Verb):
 
     name = "rm"
     steps: ClassVar[tuple[str, ...]] = ("mark", "kill", "files", "publish")
+    sure_from: ClassVar[str] = "mark"  # what it removed can't be put back
 
     def __init__(self, host: Host, record: SandboxRecord) -> None:
         super().__init__(host, record.id)

@@ -47,6 +47,7 @@ class Start(Verb):
     """A verb that ends with a running guest."""
 
     steps: ClassVar[tuple[str, ...]] = ("files", "spawn", "load", "thaw", "greet", "publish")
+    sure_from: ClassVar[str] = "publish"
 
     def __init__(
         self, host: Host, record: SandboxRecord, source: SnapshotRecord | None = None

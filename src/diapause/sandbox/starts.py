@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from diapause.errors import DiapauseError, SandboxNotFound
 from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, ForkAnswer, ForkRequest, ResumeAnswer, ResumeRequest
+from diapause.operation import carried, shielded
 from diapause.sandbox import accelerator, admit
 from diapause.sandbox.cold import Cold
 from diapause.sandbox.host import row_identity
@@ -80,10 +82,11 @@ class Starts(Part):
         check_snapshot(self.host, snapshot)
         forks = [self._new_fork(snapshot) for _ in range(request.count)]
         with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
-            outcomes = [pool.submit(self._start_fork, verb) for verb in forks]
+            outcomes = [pool.submit(carried(partial(self._start_fork, verb))) for verb in forks]
         failed = [error for outcome in outcomes if (error := outcome.exception()) is not None]
         if failed:
-            self._undo_forks(forks, outcomes)
+            with shielded():
+                self._undo_forks(forks, outcomes)
             raise failed[0]
         for verb in forks:
             phases = {name: max(ms, phases.get(name, 0.0)) for name, ms in verb.phases_ms.items()}

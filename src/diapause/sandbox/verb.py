@@ -3,6 +3,9 @@
 A subclass names its steps in order and has a method `do_STEP` for each. When one fails, `undo` puts
 back what the steps before it did, and the operation is closed with the error's code. A daemon that
 is killed leaves the operation open; recovery reads its last step and asks the world what happened.
+
+A cancel is seen before each step and in the long waits of a step, up to the step `sure_from`: from
+there on, and while it is put back, a verb runs to its end.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, ClassVar
 
+from diapause import operation
 from diapause.errors import DiapauseError
 from diapause.store.boot import boot_id
 from diapause.store.files import unexpected_storage_error
@@ -32,10 +36,13 @@ class Verb:
 
     name: ClassVar[str]
     steps: ClassVar[tuple[str, ...]]
+    sure_from: ClassVar[str] = ""  # from this step on it is not cancelled; empty: from the first
 
     def __init__(self, host: Host, sandbox: str, snapshot: str | None = None) -> None:
         self.host, self.sandbox, self.snapshot = host, sandbox, snapshot
         self.operation = new_id()
+        requested = operation.current()
+        self.asked = requested.id if requested is not None else None  # by a client
         self.phases_ms: dict[str, float] = {}
         self.left_to_recovery = False  # too far to be undone: a failure leaves the operation open
         self.began = time.perf_counter()
@@ -43,26 +50,35 @@ class Verb:
     def __init_subclass__(cls) -> None:
         missing = [s for s in getattr(cls, "steps", ()) if not hasattr(cls, f"do_{s}")]
         assert not missing, f"{cls.__name__} has no method for {missing}"
+        known = not cls.sure_from or cls.sure_from in cls.steps
+        assert known, f"{cls.__name__} has no step {cls.sure_from}"
 
     def execute(self) -> None:
-        """Take every step; on an error, undo and raise it."""
+        """Take every step; on an error or a cancel, undo and raise it."""
         journal = self.host.catalog.journal
-        journal.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id())
-        step = ""
+        journal.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id(), self.asked)
+        step, sure = "", self.steps.index(self.sure_from) if self.sure_from else 0
         try:
-            for number, step in enumerate(self.steps):
-                journal.step(self.operation, number, step)
-                self._take(step)
+            for number, step in enumerate(self.steps[:sure]):
+                operation.checkpoint()
+                self._take(number, step)
+            operation.checkpoint()
+            with operation.shielded():
+                for number, step in enumerate(self.steps[sure:], sure):
+                    self._take(number, step)
         except BaseException as found:
             error = self._typed(step, found)
-            self._fail(step, error)
+            with operation.shielded():
+                self._fail(step, error)
             if error is not found:
                 raise error from found
             raise
         journal.end(self.operation, "done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
 
-    def _take(self, step: str) -> None:
+    def _take(self, number: int, step: str) -> None:
+        self.host.catalog.journal.step(self.operation, number, step)
+        operation.at_step(step)
         began = time.perf_counter()
         try:
             getattr(self, f"do_{step}")()
@@ -93,7 +109,7 @@ class Verb:
     def _say(self, level: int, outcome: str, text: str, *values: object) -> None:
         """The end of this verb, once in the log and once in the metrics."""
         known = {
-            "operation": self.operation, "verb": self.name, "sandbox": self.sandbox,
+            "operation": self.asked or self.operation, "verb": self.name, "sandbox": self.sandbox,
             "snapshot": self.snapshot, "outcome": outcome, "duration_ms": self.elapsed_ms,
             "phases_ms": self.phases_ms,
         }  # fmt: skip

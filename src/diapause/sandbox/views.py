@@ -107,8 +107,13 @@ def paused_already(catalog: Catalog, record: SandboxRecord) -> CaptureAnswer:
     """The answer to a pause of a paused sandbox: what the pause before said."""
     snapshot = catalog.snapshot(record.snapshot or "")
     assert snapshot is not None
+    return captured_before(record.id, snapshot)
+
+
+def captured_before(sandbox: str, snapshot: SnapshotRecord) -> CaptureAnswer:
+    """What a capture of earlier said, as far as its row keeps it."""
     return CaptureAnswer(
-        sandbox=record.id, snapshot=snapshot.id,
+        sandbox=sandbox, snapshot=snapshot.id,
         durability=cast("Durability", snapshot.durability), frozen_ms=snapshot.frozen_ms,
         dirty_pages=snapshot.dirty_pages,
         dirty_source=cast("DirtySource", snapshot.dirty_source),

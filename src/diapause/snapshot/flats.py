@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from diapause import _core
-from diapause.errors import BlobDamaged, BlobMissing, SnapshotNotFound
-from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX
+from diapause import _core, operation
+from diapause.errors import BlobDamaged, BlobMissing, SnapshotNotFound, StorageFailed
+from diapause.limits import DEVICE_STATE_BYTES_MAX, MANIFEST_BYTES_MAX, PACK_S
 from diapause.snapshot.headers import Headers, damage_by_place
 from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.boot import boot_id
@@ -33,6 +35,7 @@ from diapause.store.files import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from diapause.catalog import Catalog, SnapshotRecord
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from diapause.store.gate import Gate
     from diapause.store.home import Home
     from diapause.store.templates import Templates
+
+
+_LOOK_EVERY_S = 0.2
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -89,7 +95,11 @@ class FlatStore:
         """The flat files of a snapshot, made now where they are missing; verified either way."""
         with self._lock:
             making = self._making[record.id]
-        with self._gate.publishing(), making, damage_by_place(self._catalog):
+        with (
+            self._gate.publishing(),
+            _turn(making, record.id),
+            damage_by_place(self._catalog),
+        ):
             if self._catalog.snapshot(record.id) is None:  # only now: gc may have been here
                 raise SnapshotNotFound(reference=record.id, candidates="others")
             self._verify_small(record)
@@ -162,8 +172,14 @@ class FlatStore:
         fresh.mkdir(mode=0o700)
         try:
             with Headers(self._home, self._catalog, self._templates, self._leases) as headers:
+                total = sum(device.size_bytes for device in record.devices)
+                done = 0
                 for device in record.devices:
+                    operation.checkpoint()
+                    operation.progress(done, total, "flat files")
                     self._make_device(headers, record, device.name, fresh / device.name)
+                    done += device.size_bytes
+                operation.progress(done, total, "flat files")
             self._remember(record, fresh)
             place = self._home.flat_of(record.id)
             remove_tree(place)
@@ -220,6 +236,21 @@ class FlatStore:
         if len(data) != record.state_bytes or _core.blake3_bytes(data) != record.state_digest:
             raise BlobDamaged(blob=blob, cause="its digest differs from the record's")
         return place / "device-state"
+
+
+@contextmanager
+def _turn(making: threading.Lock, snapshot: str) -> Iterator[None]:
+    """Wait while another makes the same files; bounded, and a cancel is seen."""
+    deadline = time.monotonic() + PACK_S
+    while not making.acquire(timeout=_LOOK_EVERY_S):
+        operation.checkpoint()
+        if time.monotonic() > deadline:
+            what, cause = f"flat files of {snapshot}", f"others have been at it for {PACK_S:.0f} s"
+            raise StorageFailed(what=what, cause=cause)
+    try:
+        yield
+    finally:
+        making.release()
 
 
 def blobs_of(home: Home, record: SnapshotRecord) -> list[Path]:

@@ -3,8 +3,9 @@
 Synchronous on purpose: the frozen section runs in one thread and pays for every hand-over. A second
 monitor of the same VMM is for events (`events.py`); events that arrive here are dropped.
 
-A call that reaches its bound leaves the connection unusable: a late reply must never be taken for
-the next command's. The caller closes it and connects again.
+A call that reaches its bound leaves the connection unusable, as it may end in the middle of a line:
+the caller closes it and connects again. Commands are numbered, under the id of the operation that
+they are for, and replies repeat it: one that comes late is never taken for the next command's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diapause import operation
 from diapause.errors import VmmFailed, VmmTimeout
 from diapause.limits import QMP_CALL_S, QMP_CONNECT_S, QMP_LINE_BYTES_MAX
 
@@ -32,7 +34,7 @@ class Qmp:
 
     def __init__(self, sandbox: str, path: Path, bound_s: float = QMP_CONNECT_S) -> None:
         self.sandbox = sandbox
-        self._buffer = bytearray()
+        self._buffer, self._sent = bytearray(), 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.settimeout(bound_s)
@@ -55,19 +57,24 @@ class Qmp:
         connection is gone.
         """
         deadline = time.monotonic() + bound_s
-        self._send(command, arguments, fd, bound_s)
+        number = self._send(command, arguments, fd, bound_s)
         while True:
             reply = json.loads(self._read_line(command, deadline))
+            if reply.get("id", number) != number:
+                continue  # of a command that was given up when its bound was reached
             if "error" in reply:
                 raise QmpError(command, reply["error"]["class"], reply["error"]["desc"])
             if "return" in reply:
                 return reply["return"]
 
-    def _send(
-        self, command: str, arguments: dict[str, Any], fd: int | None, bound_s: float
-    ) -> None:
+    def _send(self, command: str, arguments: dict[str, Any], fd: int | None, bound_s: float) -> str:
+        """Send it, named by the operation it is for; the name, which its reply repeats."""
+        self._sent += 1
+        asked = operation.current()
+        number = f"{asked.id if asked is not None else self.sandbox}-{self._sent}"
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        line = json.dumps({"execute": command, "arguments": named}).encode() + b"\n"
+        message = {"execute": command, "arguments": named, "id": number}
+        line = json.dumps(message).encode() + b"\n"
         try:
             self._socket.settimeout(bound_s)
             if fd is None:
@@ -79,6 +86,7 @@ class Qmp:
             raise VmmTimeout(sandbox=self.sandbox, step=command, bound_s=bound_s) from error
         except OSError as error:
             raise VmmFailed(sandbox=self.sandbox, step=command, cause=str(error)) from error
+        return number
 
     def _read_line(self, command: str, deadline: float) -> bytes:
         while (end := self._buffer.find(b"\n")) < 0:
