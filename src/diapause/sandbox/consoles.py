@@ -36,7 +36,7 @@ class Rotation:
     def close(self) -> None:
         """Look no more."""
         self._ending.set()
-        self._thread.join()
+        self._thread.join(CONSOLE_LOOK_S)
 
     def _run(self) -> None:
         while not self._ending.wait(CONSOLE_LOOK_S):
