@@ -125,10 +125,8 @@ def test_a_verb_goes_on_without_its_client(place: FakeHome) -> None:
     (place.home.root / "stall").touch()
     client = place.spawn("pause", "web")
     eventually("the verb's begin", (place.home.root / "stalled").exists)
-    client.send_signal(signal.SIGINT)
-    _, err = client.communicate(timeout=20)
-    assert client.returncode == 130
-    assert b"the daemon goes on" in err
+    client.kill()
+    client.communicate(timeout=60)
     (place.home.root / "stall").unlink()
     eventually("the pause", lambda: place.client.inspect("web").state == "paused")
 

@@ -202,6 +202,20 @@ def test_an_interrupt_cancels_and_says_what_is_the_case(stalled: FakeHome) -> No
     assert json.loads(out)["error"]["code"] == "cancelled"
 
 
+def test_a_second_interrupt_leaves_at_once(stalled: FakeHome) -> None:
+    """Though the daemon is still at it; it goes on."""
+    (stalled.home.root / "deaf").touch()
+    process = interrupted(stalled, "pause", "web")
+    assert process.stderr is not None
+    assert b"interrupt again" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130
+    assert b"the daemon goes on" in err
+    (stalled.home.root / "stall").unlink()
+    eventually("the verb's end", lambda: stalled.client.inspect("web").state == "paused", WAIT_S)
+
+
 def test_progress_is_plain_where_there_is_no_terminal(stalled: FakeHome) -> None:
     """A line with figures, a rate and the time that is left."""
     process = stalled.spawn("pause", "web")
