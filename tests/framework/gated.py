@@ -78,7 +78,7 @@ class Gated:
 def _open_gates(home: Home) -> None:
     take = Verb._take
 
-    def gated(self: Verb, number: int, step: str) -> None:
+    def gated(self: Verb, step: str) -> None:
         work = getattr(self, f"do_{step}")
 
         def do() -> None:
@@ -91,7 +91,7 @@ def _open_gates(home: Home) -> None:
             work()
 
         setattr(self, f"do_{step}", do)
-        take(self, number, step)
+        take(self, step)
 
     Verb._take = gated  # type: ignore[method-assign]
 

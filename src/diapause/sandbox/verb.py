@@ -61,11 +61,13 @@ class Verb:
         try:
             for number, step in enumerate(self.steps[:sure]):
                 operation.checkpoint()
-                self._take(number, step)
+                journal.step(self.operation, number, step)
+                self._take(step)
             operation.checkpoint()
             with operation.shielded():
                 for number, step in enumerate(self.steps[sure:], sure):
-                    self._take(number, step)
+                    journal.step(self.operation, number, step)
+                    self._take(step)
         except BaseException as found:
             error = self._typed(step, found)
             with operation.shielded():
@@ -76,8 +78,7 @@ class Verb:
         journal.end(self.operation, "done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
 
-    def _take(self, number: int, step: str) -> None:
-        self.host.catalog.journal.step(self.operation, number, step)
+    def _take(self, step: str) -> None:
         operation.at_step(step)
         began = time.perf_counter()
         try:
