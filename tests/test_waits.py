@@ -26,6 +26,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("daemon/exec_stream.py:_pump", "output.result"): "it is in `done`",
     ("daemon/exec_stream.py:_pump", "task.result"): "it is in `done`",
     ("daemon/exec_stream.py:_feed_stdin", "queue.get"): "a client types when it likes",
+    ("guest/console.py:__aiter__", "self._changed.wait"): "a console is silent when it likes",
     ("guest/session.py:__anext__", "self._arrived.wait"): "a command is silent when it likes",
     ("guest/session.py:_may_write", "self._credited.wait"): "a command reads when it likes",
     ("guest/outbox.py:wait_for_room", "self._room.wait"): "a link that ends wakes it",
