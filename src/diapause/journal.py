@@ -26,6 +26,7 @@ from diapause.limits import (
     OPERATIONS_KEPT_MAX,
 )
 from diapause.model import Event
+from diapause.operation import current
 
 if TYPE_CHECKING:
     import sqlite3
@@ -221,7 +222,12 @@ def note_event(
     operation: str | None = None,
     detail: dict[str, Any] | None = None,
 ) -> Event:
-    """`Journal.event` within a transaction: noted with what is written there, or not at all."""
+    """`Journal.event` within a transaction: noted with what is written there, or not at all.
+
+    Without an operation it is that of this thread, where it works for one.
+    """
+    if operation is None and (asked := current()) is not None:
+        operation = asked.id
     encoded = msgspec.json.encode(detail or {})
     if len(encoded) > EVENT_DETAIL_BYTES_MAX:
         encoded = msgspec.json.encode({"left_out_bytes": len(encoded)})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diapause.daemon import log
+from diapause.operation import Operation, under
 from diapause.store.home import Home
 from tests.framework.fake_home import FakeHome, eventually
 
@@ -90,6 +91,14 @@ def test_a_text_is_bounded_and_printable_whatever_is_in_it() -> None:
     assert found["message"].endswith("the end")
     odd = log.document(record("a name \udcff\x1b[31m"))
     assert json.loads(json.dumps(odd))["message"].startswith("a name \\udcff")
+
+
+def test_a_line_has_the_id_of_what_a_client_asked_for() -> None:
+    asked = Operation("pause")
+    with under(asked):
+        assert log.document(record("x"))["operation"] == asked.id
+        assert log.document(record("x", operation="0f"))["operation"] == "0f"
+    assert "operation" not in log.document(record("x"))
 
 
 def test_only_known_fields_are_taken() -> None:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from diapause.catalog import Catalog, Identity, SandboxRecord, SnapshotRecord
 from diapause.errors import NameInUse
 from diapause.events import KINDS
+from diapause.operation import Operation, under
 from diapause.store.home import Home
 from tests.framework import sources
 from tests.framework.fake_home import FakeHome, eventually, gone
@@ -105,6 +106,14 @@ def test_a_snapshot_is_removed_once(catalog: Catalog) -> None:
         catalog.change_snapshot("5a", change, durable=False)
     told = [(event.kind, event.detail) for event in catalog.journal.events()]
     assert told[1:] == [("snapshot_removed", {"name": "before"})]
+
+
+def test_an_event_has_the_id_of_what_a_client_asked_for(catalog: Catalog) -> None:
+    asked = Operation("run")
+    with under(asked):
+        catalog.put_sandbox(sandbox("creating"))
+    catalog.put_sandbox(sandbox("running"))
+    assert [event.operation for event in catalog.journal.events()] == [asked.id, None]
 
 
 def test_a_row_that_is_not_written_tells_nothing(catalog: Catalog) -> None:

@@ -1,17 +1,22 @@
-"""What a real guest's life shows: figures and events.
+"""What a real guest's life shows: one id from the request to the guest's kernel, figures, events.
 
 And what is gone after it: a bundle without secrets, a reset that leaves nothing.
 """
 
 from __future__ import annotations
 
+import http.client
+import json
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from diapause.catalog import Catalog
+from diapause.daemon.start import connect
 from diapause.guest.images import Image
 from tests.framework.fake_home import eventually, gone
 from tests.framework.processes import processes_of
@@ -21,7 +26,20 @@ from tests.vm.test_exec import command
 pytestmark = pytest.mark.vm
 
 BOUND_S = 300.0
+OPERATION = "0123456789abcdef"
 SECRET = "hunter2-in-a-guest"
+
+
+def post(daemon: Daemon, path: str, body: dict[str, Any], operation: str) -> tuple[str, Any]:
+    """Ask with an id of our own; the id that the answer has, and the answer."""
+    connection = http.client.HTTPConnection("diapause")
+    connection.sock = connect(daemon.home, None)
+    connection.sock.settimeout(BOUND_S)
+    connection.request("POST", path, json.dumps(body), {"Operation-Id": operation})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    assert response.status == 200, answer
+    return str(response.getheader("Operation-Id")), answer
 
 
 def value(text: str, name: str, **labels: str) -> float:
@@ -39,6 +57,31 @@ def run(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         command(daemon, *words), capture_output=True, stdin=subprocess.DEVNULL, timeout=BOUND_S
     )
+
+
+def test_one_id_from_the_request_to_the_guests_kernel(daemon: Daemon, guest: Sandbox) -> None:
+    """Header, log, journal, events, and what the agent writes where the guest can read it."""
+    body = {"durability": "process", "quiesce": True}
+    named, saved = post(daemon, f"/v1/sandboxes/{guest.id}/snapshots", body, OPERATION)
+    assert named == OPERATION
+    assert saved["notes"] == []
+    lines = [json.loads(line) for line in daemon.home.serve_log.read_text().splitlines()]
+    mine = [line for line in lines if line.get("operation") == OPERATION]
+    [verb] = [line for line in mine if line.get("verb") == "save"]
+    assert (verb["sandbox"], verb["snapshot"]) == (guest.id, saved["snapshot"])
+    assert (verb["outcome"], verb["phases_ms"].keys() >= {"prepare", "freeze"}) == ("done", True)
+    assert any("saveSandbox" in line["message"] for line in mine)
+    catalog = Catalog(daemon.home.catalog)
+    try:
+        journaled = catalog.journal.operations_of(OPERATION)
+        events = [event for event in catalog.journal.events() if event.operation == OPERATION]
+    finally:
+        catalog.close()
+    assert [row.verb for row in journaled] == ["save"]
+    assert [(event.kind, event.snapshot) for event in events] == [("saved", saved["snapshot"])]
+    kernel = guest.sh("dmesg")
+    for what in ("freezes file systems", "thawed file systems"):
+        assert f"diapause-agent: {what} for operation {OPERATION}" in kernel
 
 
 def test_the_figures_of_a_life(daemon: Daemon, guest: Sandbox) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from diapause import operation
 from diapause.limits import LOG_BYTES_MAX, LOG_TEXT_LENGTH_MAX
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def document(record: logging.LogRecord) -> dict[str, Any]:
     for name in FIELDS:
         if (value := getattr(record, name, None)) is not None:
             found[name] = value
+    if "operation" not in found and (asked := operation.current()) is not None:
+        found["operation"] = asked.id
     if record.exc_info:
         found["error"] = _bounded(logging.Formatter().formatException(record.exc_info))
     return found

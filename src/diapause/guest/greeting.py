@@ -30,12 +30,18 @@ _NS_PER_MS = 1_000_000
 class Greeting:
     """One series of HELLOs on one connection."""
 
-    def __init__(self, link_id: str, received: int, identity: Identity | None) -> None:
+    def __init__(
+        self,
+        link_id: str,
+        received: int,
+        identity: Identity | None,
+        operation: str | None = None,
+    ) -> None:
         self.nonce = ""
         self._repeat_s = _FIRST_REPEAT_S
         self._link_id = link_id
         self._received = received
-        self._identity = identity
+        self._identity, self._operation = identity, operation
         self._sent_ns = 0
         self._delay_ns = 0  # how long the last HELLO probably took to reach the agent
         self._exchanges = 0
@@ -91,5 +97,6 @@ class Greeting:
             realtime_ns=self._sent_ns + self._delay_ns,
             entropy=secrets.token_hex(_ENTROPY_LEN),
             identity=self._identity,
+            operation=self._operation,
         )
         return frames.unnumbered(protocol.HELLO, msgspec.json.encode(hello))

@@ -27,6 +27,7 @@ from diapause.guest.outbox import Outbox
 from diapause.guest.protocol import Filesystems, Identity, ProtocolError, Welcome
 from diapause.guest.session import ExecRequest, Session
 from diapause.guest.wire import Message, Wire
+from diapause.operation import current
 
 __all__ = ["Identity", "Link", "Welcome"]
 
@@ -59,6 +60,7 @@ class Link:
         self._lost = 0
         self._bound_s = 0.0
         self._identity: Identity | None = None
+        self._operation: str | None = None  # what the connection is made for
         self._sessions: dict[int, Session] = {}
         self._closing: set[int] = set()  # abandoned, and not confirmed by the agent
         self._next_number = 1
@@ -83,7 +85,7 @@ class Link:
         if self.cause:
             sock.close()
             raise errors.ExecCut(cause=self.cause)
-        self._identity = identity
+        self._identity, self._operation = identity, _asked()
         self._bound_s = bound_s
         self._lost = 0
         self._decoder.clear()
@@ -206,7 +208,7 @@ class Link:
         self._attached.clear()
         self._urgent.clear()
         self._acknowledged()
-        self._greeting = Greeting(self._link_id, self._received, self._identity)
+        self._greeting = Greeting(self._link_id, self._received, self._identity, self._operation)
         self._timer("greet-bound", bound_s, self._unanswered)
         self._say_hello()
 
@@ -422,7 +424,7 @@ class Link:
         future: asyncio.Future[Filesystems] = asyncio.get_running_loop().create_future()
         self._requests[number] = future
         try:
-            self.push(kind, 0, msgspec.json.encode(protocol.Request(id=number)))
+            self.push(kind, 0, msgspec.json.encode(protocol.Request(id=number, operation=_asked())))
             return await self._bounded(future, bound_s)
         finally:
             self._requests.pop(number, None)
@@ -432,3 +434,9 @@ class Link:
             return await asyncio.wait_for(future, bound_s)
         except TimeoutError:
             raise errors.AgentUnreachable(sandbox=self.sandbox, bound_s=bound_s) from None
+
+
+def _asked() -> str | None:
+    """The id of what this is done for, where a client asked for it."""
+    operation = current()
+    return None if operation is None else operation.id
