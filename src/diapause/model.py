@@ -420,6 +420,52 @@ class ImageInfo(Answer):
     already: bool = False
 
 
+class ImageFile(Answer):
+    """One file of an image."""
+
+    name: str
+    size_bytes: int
+    digest: str
+
+
+class ReadySnapshot(Answer):
+    """What is kept to start an image from, in one shape."""
+
+    id: str
+    memory_bytes: int
+    cpus: int
+    disks_bytes: list[int]
+    stored_bytes: int
+    created_at: str
+
+
+class ImageDetail(Answer):
+    """`image inspect`; `sandboxes` and `snapshots` are those that were made from it."""
+
+    name: str
+    flavor: str
+    created_at: str
+    size_bytes: int
+    stored_bytes: int
+    files: list[ImageFile]
+    kernel_version: str
+    kernel_package: str
+    kernel_package_version: str
+    command_line: str
+    agent_digest: str
+    busybox: str
+    network: bool
+    sandboxes: list[str]
+    snapshots: list[str]
+    ready: list[ReadySnapshot]
+
+
+class RemoveImageAnswer(Answer):
+    """`image rm` of one."""
+
+    removed: list[str]
+
+
 class Check(Answer):
     """One line of `doctor`."""
 

@@ -22,6 +22,19 @@ def test_snapshots_are_removed_and_what_fails_keeps_no_other(place: FakeHome) ->
     assert document["removed"] == []
 
 
+def test_images_are_inspected_and_removed(place: FakeHome) -> None:
+    place.json("run", "--name", "web")
+    found = place.json("image", "inspect", "tiny")
+    assert (found["files"][0]["digest"], len(found["sandboxes"])) == ("blake2b:00", 1)
+    assert b'"kernel_version": "6.1"' in place.run("image", "inspect", "tiny").stdout
+    document = place.json("image", "rm", "tiny", "none", code=18)
+    assert (document["error"]["code"], document["removed"]) == ("in_use", [])
+    place.json("rm", "-f", "web")
+    done = place.run("image", "rm", "none", "tiny")
+    assert done.returncode == 12
+    assert done.stdout == b"tiny\n"
+
+
 def test_gc_says_what_went_or_would_go(place: FakeHome) -> None:
     assert place.json("gc", "--dry-run")["dry_run"]
     assert place.json("gc")["items"] == [{"kind": "build", "name": "b1", "bytes": 4096}]

@@ -256,6 +256,7 @@ def test_every_verb_has_help_that_ends_with_examples(
 def test_the_verbs_are_those_of_the_contract() -> None:
     assert {" ".join(words) for words in VERBS} == {
         "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
+        "image inspect", "image rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw", "restore",
         "completion", "events",

@@ -22,6 +22,7 @@ from diapause.errors import (
     AmbiguousReference,
     ExecCut,
     HomeNewer,
+    ImageNotFound,
     InUse,
     NameInUse,
     NotSupportedYet,
@@ -236,6 +237,24 @@ class FakeEngine:
 
     def images(self) -> list[model.ImageInfo]:
         return [self._image("tiny", "tiny")]
+
+    def inspect_image(self, name: str) -> model.ImageDetail:
+        if name != "tiny":
+            raise ImageNotFound(reference=name, candidates="tiny")
+        file = model.ImageFile(name="kernel", size_bytes=4096, digest="blake2b:00")
+        return model.ImageDetail(
+            name="tiny", flavor="tiny", created_at=CREATED, size_bytes=4096, stored_bytes=4096,
+            files=[file], kernel_version="6.1", kernel_package="linux", kernel_package_version="1",
+            command_line="", agent_digest="blake2b:00", busybox="1.35", network=False,
+            sandboxes=[row.sandbox for row in self._rows.values()], snapshots=[], ready=[],
+        )  # fmt: skip
+
+    def remove_image(self, name: str) -> model.RemoveImageAnswer:
+        found = self.inspect_image(name)
+        if found.sandboxes:
+            users = f"sandbox {found.sandboxes[0]}"
+            raise InUse(what=f"Image {name}", users=users, advice="Remove it.")
+        return model.RemoveImageAnswer(removed=[name])
 
     def run(self, request: model.RunRequest) -> model.RunAnswer:
         check_network(request)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import shutil
 from typing import TYPE_CHECKING, ClassVar
 
 import diapause.sandbox
@@ -35,6 +36,7 @@ from diapause.sandbox.restore import Restore
 from diapause.sandbox.resume import Boot, Fork, Resume
 from diapause.sandbox.upkeep.collect import Gc
 from diapause.sandbox.upkeep.forget import RemoveSnapshot
+from diapause.sandbox.upkeep.image_users import RemoveImage
 from diapause.sandbox.upkeep.repair import Repair
 from diapause.sandbox.verb import Verb
 from diapause.sandbox.warm import FirstRun, WarmRun
@@ -290,6 +292,25 @@ class _RemoveSnapshot(Makes):
 
     def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
         assert (self.snapshot in ground.snapshot_ids()) is not committed
+
+
+class _RemoveImage(Makes):
+    verb, commit = RemoveImage, "move"
+    after = "gone"
+
+    def subject(self, ground: Ground) -> None:
+        """The same image once more, under another name."""
+        images = ground.daemon.home.images
+        if not (images / "spare").exists():
+            shutil.copytree(images / "tiny", images / "spare")
+
+    def call(self, ground: Ground, subject: Sandbox | None) -> object:
+        return ground.daemon.client.remove_image("spare")
+
+    def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
+        names = {path.name for path in ground.daemon.home.images.iterdir()}
+        assert names == ({"tiny"} if committed else {"tiny", "spare"})
+        assert ground.daemon.client.inspect_image("tiny").files
 
 
 class _Restore(Scenario):

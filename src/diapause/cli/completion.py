@@ -110,4 +110,5 @@ REFERENCES = {
     "source": Reference(_either),
     "reference": Reference(_either),
     "image": Reference(_images),
+    "images": Reference(_images),
 }

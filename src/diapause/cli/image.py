@@ -1,12 +1,13 @@
-"""`diapause image`: build and list images."""
+"""`diapause image`: build, list, inspect and remove images."""
 
 from __future__ import annotations
 
 import click
 
 from diapause.cli.context import Context, json_option, pass_context
-from diapause.cli.output import data, json_document, say, table
+from diapause.cli.output import data, json_document, pretty, say, table
 from diapause.cli.progress import waiting
+from diapause.cli.removal import remove_each
 from diapause.model import ImageBuildRequest
 from diapause.units import format_size
 
@@ -19,6 +20,15 @@ _LS_EXAMPLES = """\b
 Examples:
   diapause image ls"""
 
+_INSPECT_EXAMPLES = """\b
+Examples:
+  diapause image inspect tiny
+  diapause image inspect tiny --json | jq .sandboxes"""
+
+_RM_EXAMPLES = """\b
+Examples:
+  diapause image rm mine
+  diapause image rm mine other && diapause gc"""
 
 _EXAMPLES = """\b
 Examples:
@@ -64,3 +74,27 @@ def list_images(context: Context) -> None:
         for one in answer
     ]
     table(["image", "flavor", "kernel", "size", "created"], rows)
+
+
+@image.command("inspect", epilog=_INSPECT_EXAMPLES)
+@click.argument("image")
+@json_option
+@pass_context
+def inspect_image(context: Context, image: str) -> None:
+    """Show all that is known of an image and who needs it, as JSON."""
+    answer = context.client().inspect_image(image)
+    (json_document if context.json else pretty)(answer)
+
+
+@image.command("rm", epilog=_RM_EXAMPLES)
+@click.argument("images", nargs=-1, required=True)
+@json_option
+@pass_context
+def remove_images(context: Context, images: tuple[str, ...]) -> int:
+    """Remove images. One that fails does not keep the others.
+
+    Refused for an image that a sandbox or a snapshot was made from. What was kept to start guests
+    from it goes with the next `diapause gc`.
+    """
+    client = context.client()
+    return remove_each(context, images, lambda name: (client.remove_image(name).removed, []))

@@ -96,6 +96,14 @@ class Client:
         """All images."""
         return self._call("GET", "/v1/images", list[model.ImageInfo])
 
+    def inspect_image(self, name: str) -> model.ImageDetail:
+        """One image, and who needs it."""
+        return self._call("GET", f"/v1/images/{segment(name)}", model.ImageDetail)
+
+    def remove_image(self, name: str) -> model.RemoveImageAnswer:
+        """Remove an image that nobody needs."""
+        return self._call("DELETE", f"/v1/images/{segment(name)}", model.RemoveImageAnswer)
+
     def run(self, request: model.RunRequest) -> model.RunAnswer:
         """Make a sandbox and start it."""
         return self._call("POST", "/v1/sandboxes", model.RunAnswer, request)

@@ -29,8 +29,10 @@ from diapause.model import (
     GcAnswer,
     GcRequest,
     ImageBuildRequest,
+    ImageDetail,
     ImageInfo,
     RemoveAnswer,
+    RemoveImageAnswer,
     RemoveSnapshotAnswer,
     RestoreAnswer,
     RestoreRequest,
@@ -91,6 +93,12 @@ class Engine(Protocol):
 
     def images(self) -> list[ImageInfo]:
         """All images."""
+
+    def inspect_image(self, name: str) -> ImageDetail:
+        """One image, and who needs it."""
+
+    def remove_image(self, name: str) -> RemoveImageAnswer:
+        """Remove an image that nobody needs."""
 
     def run(self, request: RunRequest) -> RunAnswer:
         """Make a sandbox and start it."""

@@ -103,6 +103,14 @@ ROUTES: tuple[Route, ...] = (
         model.ImageInfo, model.ImageBuildRequest,
         lambda engine, call: engine.build_image(call.body),
     ),
+    _get(
+        "/v1/images/{ref}", "inspectImage", "One image, and who needs it", model.ImageDetail,
+        lambda engine, call: engine.inspect_image(call.ref),
+    ),
+    Route(
+        "DELETE", "/v1/images/{ref}", "removeImage", "Remove an image that nobody needs",
+        model.RemoveImageAnswer, handler=lambda engine, call: engine.remove_image(call.ref),
+    ),
     Route(
         "GET", "/v1/sandboxes", "listSandboxes", "Sandboxes", list[model.SandboxRow],
         handler=lambda engine, call: engine.sandboxes(call.flags["all"]),

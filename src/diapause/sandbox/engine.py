@@ -52,8 +52,10 @@ if TYPE_CHECKING:
         GcAnswer,
         GcRequest,
         ImageBuildRequest,
+        ImageDetail,
         ImageInfo,
         RemoveAnswer,
+        RemoveImageAnswer,
         RemoveSnapshotAnswer,
         RestoreAnswer,
         RestoreRequest,
@@ -207,6 +209,14 @@ class Engine:
     def remove_snapshot(self, reference: str) -> RemoveSnapshotAnswer:
         """Remove a snapshot; its files stay until gc."""
         return self._upkeep.remove_snapshot(reference)
+
+    def inspect_image(self, name: str) -> ImageDetail:
+        """One image, and who needs it."""
+        return self._upkeep.inspect_image(name)
+
+    def remove_image(self, name: str) -> RemoveImageAnswer:
+        """Remove an image that nobody needs."""
+        return self._upkeep.remove_image(name)
 
     def gc(self, request: GcRequest) -> GcAnswer:
         """Delete what nothing refers to."""

@@ -71,6 +71,7 @@ class Host:
             home, self.catalog, self.templates, self.leases, self.flats, self.gate
         )  # fmt: skip
         self.driver = QemuDriver(home, tracker_path(), track=tracking_wanted())
+        self.images = threading.Lock()  # an image doesn't go between a look for it and a row
         self.guests: dict[str, Guest] = {}
         self.parked: dict[str, Link] = {}  # links of paused sandboxes: their sessions wait
         self.tracked = tracker_path() is not None and tracking_wanted()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import msgspec
 
 from diapause.catalog import now
 from diapause.driver.qemu.command import LAYOUT, guest_visible
+from diapause.model import ReadySnapshot
 from diapause.sandbox.host import vmm_identity
 
 if TYPE_CHECKING:
@@ -28,18 +29,6 @@ if TYPE_CHECKING:
     from diapause.sandbox.host import Host
 
 PREFIX = "ready:"
-
-
-@dataclass(frozen=True)
-class ReadySnapshot:
-    """One ready snapshot, as `image inspect` shows it."""
-
-    id: str
-    memory_bytes: int
-    cpus: int
-    disks_bytes: tuple[int, ...]
-    stored_bytes: int
-    created_at: str
 
 
 def is_ready(record: SnapshotRecord) -> bool:
@@ -73,7 +62,7 @@ def list_ready(host: Host, image: str) -> list[ReadySnapshot]:
     return [
         ReadySnapshot(
             id=record.id, memory_bytes=record.memory_bytes, cpus=record.cpus,
-            disks_bytes=tuple(record.disks_bytes), created_at=record.created_at,
+            disks_bytes=record.disks_bytes, created_at=record.created_at,
             stored_bytes=record.state_bytes + sum(d.stored_bytes for d in record.devices),
         )
         for record in host.catalog.snapshots()

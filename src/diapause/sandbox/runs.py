@@ -108,7 +108,9 @@ class Runs(Part):
 
     def _start(self, verb: Boot | WarmRun) -> RunAnswer:
         with self.host.locks.hold(verb.sandbox):
-            self.put_new(verb.record)
+            with self.host.images:
+                images.find_image(self.host.home, verb.record.image)
+                self.put_new(verb.record)
             verb.execute()
         record = verb.record
         return RunAnswer(

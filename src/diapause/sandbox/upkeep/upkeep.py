@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 from diapause import _core
-from diapause.errors import InvalidRequest, SnapshotLost, SnapshotNotFound
+from diapause.errors import ImageNotFound, InvalidRequest, SnapshotLost, SnapshotNotFound
+from diapause.guest import images
 from diapause.limits import DIFF_EXTENTS_MAX
 from diapause.model import (
     CheckAnswer,
@@ -15,11 +16,13 @@ from diapause.model import (
     DiffAnswer,
     GcAnswer,
     GcRequest,
+    ImageDetail,
+    RemoveImageAnswer,
     RemoveSnapshotAnswer,
 )
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_snapshot
-from diapause.sandbox.upkeep import space, world
+from diapause.sandbox.upkeep import image_users, space, world
 from diapause.sandbox.upkeep.check import check
 from diapause.sandbox.upkeep.collect import Found, Gc
 from diapause.sandbox.upkeep.forget import RemoveSnapshot, check_unused, kept_for
@@ -29,7 +32,7 @@ from diapause.units import PAGE_SIZE
 
 
 class Upkeep(Part):
-    """`snapshot rm|verify|diff`, `gc`, `check`, `df`."""
+    """`snapshot rm|verify|diff`, `image rm|inspect`, `gc`, `check`, `df`."""
 
     _one = threading.Lock()  # a removal looks and then writes
 
@@ -47,6 +50,19 @@ class Upkeep(Part):
         why = kept_for(*self.catalog.everything(), record.id)
         notes = [f"the files of {record.id} stay until later: {why}"] if why else []
         return RemoveSnapshotAnswer(removed=[record.id], already=[], notes=notes)
+
+    def inspect_image(self, name: str) -> ImageDetail:
+        """All that is known of an image, and who needs it."""
+        return image_users.detail(self.host, name)
+
+    def remove_image(self, name: str) -> RemoveImageAnswer:
+        """Remove an image that nobody needs; a damaged one too."""
+        known = images.names(self.host.home)
+        if name not in known:
+            raise ImageNotFound(reference=name, candidates=", ".join(known) or "none")
+        with self._one, self.host.reserve.room():
+            image_users.RemoveImage(self.host, name).execute()
+        return RemoveImageAnswer(removed=[name])
 
     def gc(self, request: GcRequest) -> GcAnswer:
         """Delete what nothing refers to; with `dry_run` only say what that is."""
