@@ -14,7 +14,7 @@ import msgspec
 
 from diapause import events
 from diapause.database import Database, now
-from diapause.errors import NameInUse
+from diapause.errors import BlobDamaged, NameInUse
 from diapause.journal import Journal, note_event
 from diapause.migrations import forget_copies, migrate
 from diapause.model import PortForward
@@ -161,15 +161,16 @@ class Catalog:
 
     def sandbox(self, sandbox_id: str) -> SandboxRecord | None:
         """The sandbox with exactly this id."""
-        found = self._one("SELECT record FROM sandboxes WHERE id = ?", sandbox_id)
-        return None if found is None else _SANDBOX.decode(found)
+        rows = self.database.connection().execute(_SANDBOXES + "id = ?", (sandbox_id,))
+        row = rows.fetchone()
+        return None if row is None else _sandbox(*row)
 
     def sandboxes(self) -> list[SandboxRecord]:
         """Every sandbox that was not removed, oldest first."""
         rows = self.database.connection().execute(
-            "SELECT record FROM sandboxes WHERE state != 'removed' ORDER BY created_at, id"
+            _SANDBOXES + "state != 'removed' ORDER BY created_at, id"
         )
-        return [_SANDBOX.decode(row[0]) for row in rows]
+        return [_sandbox(*row) for row in rows]
 
     # -- snapshots -------------------------------------------------------------------------------
 
@@ -279,6 +280,24 @@ def _names(name: str | None) -> Iterator[None]:
 def _state(db: sqlite3.Connection, table: str, row_id: str) -> str | None:
     row = db.execute(f"SELECT state FROM {table} WHERE id = ?", (row_id,)).fetchone()
     return None if row is None else str(row[0])
+
+
+_SANDBOXES = "SELECT id, name, state, created_at, record FROM sandboxes WHERE "
+
+
+def _sandbox(
+    sandbox: str, name: str | None, state: str, created_at: str, record: bytes
+) -> SandboxRecord:
+    """A row as its record; a failed one in place of what can't be read, so that the rest works."""
+    try:
+        return _SANDBOX.decode(record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        damaged = BlobDamaged(blob=f"catalog.sqlite3/sandboxes/{sandbox}", cause=str(error))
+        return SandboxRecord(
+            id=sandbox, name=name, state="removed" if state == "removed" else "failed",
+            created_at=created_at, image="unknown", memory_bytes=0, cpus=0, disks_bytes=[],
+            hostname="", machine_id="", error=damaged.to_dict(),
+        )  # fmt: skip
 
 
 def _put_sandbox(db: sqlite3.Connection, record: SandboxRecord) -> None:

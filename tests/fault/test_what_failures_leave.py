@@ -144,6 +144,7 @@ def test_what_is_durable_stands_on_what_is_durable(
     def pack(snapshot_id: str) -> SnapshotRecord:
         packed = snapshot("disk", boot_id()) if packs else snapshot("process", boot_id())
         assert snapshot_id == packed.id
+        packed.state = "packed" if packs else "captured"
         host.catalog.put_snapshot(packed, durable=True)
         return packed
 

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diapause.store import boot
-from tests.framework.sandbox import Daemon
+from tests.framework.fake_home import eventually, gone
+from tests.framework.sandbox import WAIT_S, Aside, Daemon
 
 if TYPE_CHECKING:
     from diapause.sandbox.verb import Verb
@@ -57,6 +58,15 @@ class MortalDaemon(Daemon):
         """What is to happen at the place, once."""
         (self.home.root / _DONE).unlink(missing_ok=True)
         (self.home.root / _PLAN).write_text(f"{action} {place}")
+
+    def dies_at(self, place: str, call: Callable[[], Any]) -> None:
+        """Make the call whose verb kills the daemon at the place, and wait for the daemon's end:
+        what is asked meanwhile may still come to the one that dies."""
+        pid = self.pid
+        self.plan("kill", place)
+        assert Aside(call).wait() is not None
+        assert self.done == "kill"
+        eventually("the end of the daemon", lambda: gone(pid), WAIT_S)
 
     def record_calls(self) -> None:
         """From now on, keep the places of frozen sections that are passed."""

@@ -23,7 +23,7 @@ from diapause import __version__, limits
 from diapause.daemon.app import application
 from diapause.daemon.engine_api import OpenEngine
 from diapause.daemon.log import start_log
-from diapause.daemon.start import trust_directory
+from diapause.daemon.start import trust_buffers, trust_directory
 from diapause.daemon.state import State
 from diapause.store.home import Home
 
@@ -43,6 +43,7 @@ def serve(home: Home, open_engine: OpenEngine, detached: bool = False) -> int:
     """Be the daemon of `home` until told to stop; the exit code. Another's home: 0, at once."""
     home.create()
     trust_directory(home)
+    trust_buffers(home)
     with _lock(home) as mine:
         if not mine:
             if not detached:

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +19,12 @@ import msgspec
 
 from diapause import limits
 from diapause.errors import DaemonUnreachable
+from diapause.store.files import is_ours
 from diapause.store.home import Home
 
 if TYPE_CHECKING:
     import subprocess
+    from pathlib import Path
 
 _POLL_S = 0.02
 _RESPAWN_S = 0.5
@@ -70,10 +71,17 @@ def try_connect(home: Home) -> socket.socket | None:
 
 def trust_directory(home: Home) -> None:
     """Refuse a socket directory that others could write: it may lie in a shared place."""
-    status = home.sockets.lstat()
-    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not mine or status.st_mode & 0o022:
-        cause = f"{home.sockets} does not belong to this user alone"
+    _trust(home, home.sockets, 0o022)
+
+
+def trust_buffers(home: Home) -> None:
+    """Refuse buffers that others could read: they hold guest memory, below a shared place."""
+    _trust(home, home.buffers, 0o077)
+
+
+def _trust(home: Home, directory: Path, closed: int) -> None:
+    if not is_ours(directory, closed):
+        cause = f"{directory} does not belong to this user alone"
         raise DaemonUnreachable(home=home.root, cause=cause)
 
 

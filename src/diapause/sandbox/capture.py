@@ -40,6 +40,7 @@ from diapause.limits import (
 from diapause.model import CaptureAnswer
 from diapause.operation import shielded, wait_for
 from diapause.sandbox.host import vmm_identity
+from diapause.sandbox.losses import lost_below
 from diapause.sandbox.rescue import thaw_if_it_stands, thaw_when_it_answers
 from diapause.sandbox.verb import Verb, new_id
 from diapause.snapshot.capture import CaptureFiles
@@ -48,6 +49,7 @@ from diapause.store.boot import boot_id
 from diapause.store.files import (
     free_bytes,
     fsync_path,
+    is_ours,
     remove_tree,
     storage_errors,
     write_file,
@@ -114,6 +116,11 @@ class Capture(Verb):
         """Everything that can be done while the guest runs."""
         if self.request.durability == "disk":
             self._keep_parent()  # now: packing may take longer than a guest should stand
+        if cause := lost_below(self.host, self.record.snapshot):
+            raise CaptureFailed(
+                sandbox=self.sandbox, step="prepare", guest="goes on",
+                cause=f"it would stand on what is lost: {cause}",
+            )  # fmt: skip
         estimate = self.machine.dirty_estimate(self.rule)
         self._need_space(estimate)
         self._prepare_overlays()
@@ -121,6 +128,8 @@ class Capture(Verb):
             self.files.directory.mkdir(mode=0o700)
             # A system may clear its tmpfs when a user logs out, and what is below with it.
             self.host.home.buffers.mkdir(mode=0o700, exist_ok=True)
+            if not is_ours(self.host.home.buffers):
+                raise PermissionError(f"{self.host.home.buffers} is not this user's alone")
             write_file(self.files.raw_state, b"", sync=False, mode=0o600)
             self.buffer = self._make_buffer(estimate)
             if not self.mark.exists():

@@ -40,6 +40,8 @@ class Guest:
         self._watch: asyncio.Task[None] | None = None
         self._pidfd = -1
         self._console_is_open = False
+        self._end, self._reason = asyncio.Event(), ""
+        self.looked_at = False  # somebody is about to see why it was stopped
         self._reconnecting = asyncio.Lock()
         self.stalled: str | None = None  # why the VMM stopped it over its disk; it is seen to
 
@@ -62,10 +64,23 @@ class Guest:
 
         async def greet() -> Welcome:
             async with self._reconnecting:
-                return await self._attach(identity, bound_s)
+                return await self._unless_it_ends(self._attach(identity, bound_s), 2 * bound_s)
 
         welcome: Welcome = self._await(greet(), 2 * bound_s + 5.0)
         return welcome
+
+    async def _unless_it_ends(self, work: Coroutine[Any, Any, Welcome], bound_s: float) -> Welcome:
+        """A guest that ends meanwhile will not answer: say so at once, with the reason."""
+        working, end = self._loop.create_task(work), self._loop.create_task(self._end.wait())
+        try:
+            await asyncio.wait({working, end}, timeout=bound_s, return_when=asyncio.FIRST_COMPLETED)
+            if end.done() and not working.done():
+                cause = f"the guest ended ({self._reason})"
+                raise VmmFailed(sandbox=self.sandbox, step="start", cause=cause)
+            return await asyncio.wait_for(working, 1.0)  # it has ended, or reached its bound
+        finally:
+            working.cancel()
+            end.cancel()
 
     def reconnect(self, bound_s: float) -> None:
         """Connect to the agent unless somebody else did."""
@@ -129,14 +144,21 @@ class Guest:
     # -- its end ---------------------------------------------------------------------------------
 
     def arm(
-        self, ended: Callable[[Guest, str], None], stalled: Callable[[Guest, str], None]
+        self,
+        ended: Callable[[Guest, str], None],
+        stalled: Callable[[Guest, str], None],
+        stopped: Callable[[Guest], None],
     ) -> None:
         """Watch the VMM, in the loop: `ended(self, reason)` once, `stalled(self, reason)` each time
-        that the VMM stops its guest for want of space or a failing disk."""
-        self._loop.call_soon_threadsafe(self._arm, ended, stalled)
+        that the VMM stops its guest for want of space or a failing disk, `stopped(self)` each time
+        that somebody, a verb or anybody else, stopped it."""
+        self._loop.call_soon_threadsafe(self._arm, ended, stalled, stopped)
 
     def _arm(
-        self, ended: Callable[[Guest, str], None], stalled: Callable[[Guest, str], None]
+        self,
+        ended: Callable[[Guest, str], None],
+        stalled: Callable[[Guest, str], None],
+        stopped: Callable[[Guest], None],
     ) -> None:
         assert self.machine is not None
         self._pidfd = self.machine.pidfd()
@@ -144,13 +166,17 @@ class Guest:
         def once(reason: str) -> None:
             if self._pidfd >= 0:
                 self._disarm()
+                self._reason = reason
+                self._end.set()
                 ended(self, reason)
 
         if self._pidfd < 0:
             ended(self, "the VMM has ended")
             return
         self._loop.add_reader(self._pidfd, once, "the VMM has ended")
-        watching = _watch_events(self.machine.paths.events, once, lambda why: stalled(self, why))
+        watching = _watch_events(
+            self.machine.paths.events, once, lambda why: stalled(self, why), lambda: stopped(self)
+        )
         self._watch = self._loop.create_task(watching)
 
     def disarm(self) -> None:
@@ -171,9 +197,12 @@ class Guest:
 
 
 async def _watch_events(
-    path: Any, once: Callable[[str], None], stalled: Callable[[str], None]
+    path: Any,
+    once: Callable[[str], None],
+    stalled: Callable[[str], None],
+    stopped: Callable[[], None],
 ) -> None:
-    """Read the events monitor until it says that the guest ended; pass on each stall."""
+    """Read the events monitor until it says that the guest ended; pass on each stall and stop."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     connection.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -191,6 +220,8 @@ async def _watch_events(
                 return
             if reason := _stall(message):
                 stalled(reason)
+            if message.get("event") == "STOP":
+                stopped()
     except (OSError, ValueError, DiapauseError) as error:
         log.warning("events of %s: %s", path, error)
     finally:

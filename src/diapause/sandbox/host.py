@@ -23,7 +23,7 @@ from diapause.sandbox.locks import SandboxLocks
 from diapause.sandbox.losses import guest_lost
 from diapause.sandbox.metrics import HomeCollector, Metrics
 from diapause.sandbox.network import has_network
-from diapause.sandbox.rescue import go_on_after_stall
+from diapause.sandbox.rescue import go_on_after_stall, thaw_if_nobody_owns
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
@@ -158,6 +158,12 @@ class Host:
         if guest.stalled is None:
             guest.stalled = reason
             self.watch(lambda: go_on_after_stall(self, guest, reason))
+
+    def guest_stopped(self, guest: Guest) -> None:
+        """Somebody stopped a guest; called in the loop. Where it was a verb, nothing is done."""
+        if not guest.looked_at:
+            guest.looked_at = True
+            self.watch(lambda: thaw_if_nobody_owns(self, guest))
 
     def end(self, record: SandboxRecord, reason: str) -> None:
         """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""

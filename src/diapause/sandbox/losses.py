@@ -8,9 +8,12 @@ import msgspec
 
 from diapause.errors import GuestLost, SnapshotLost
 from diapause.snapshot.capture import CaptureFiles
+from diapause.snapshot.flats import blobs_of
 from diapause.store.boot import boot_id
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
     from diapause.sandbox.host import Host
 
@@ -69,3 +72,31 @@ def _lost(host: Host, record: SnapshotRecord, failed: set[str]) -> str | None:
     if record.parent in failed:
         return f"snapshot {record.parent}, which it was captured over, is lost"
     return None
+
+
+def lost_below(host: Host, snapshot: str | None) -> str | None:
+    """Why a capture over this snapshot could never be resumed; None where all is there."""
+    while snapshot is not None:
+        record = host.catalog.snapshot(snapshot)
+        if record is None:
+            return f"snapshot {snapshot} is gone"
+        if record.state == "failed":
+            cause = (record.error or {}).get("fields", {}).get("cause", "unknown")
+            return f"snapshot {snapshot}, {cause}"
+        needed = _needed(host, record)
+        if missing := next((path for path in needed if not path.exists()), None):
+            again = host.catalog.snapshot(snapshot)
+            if again is not None and again.state != record.state:
+                continue  # it was packed meanwhile
+            return f"{missing.relative_to(missing.parents[1])} is missing"
+        snapshot = record.parent if record.state == "captured" else None
+    return None
+
+
+def _needed(host: Host, record: SnapshotRecord) -> list[Path]:
+    """The files that a snapshot is read from: a packed one stands alone."""
+    if record.state != "captured":
+        return blobs_of(host.home, record)
+    files = CaptureFiles(host.home, record.id)
+    memory = files.buffer if record.durability == "process" else files.memory
+    return [memory, *(files.overlay(f"disk{i}", 0) for i in range(len(record.disks_bytes)))]

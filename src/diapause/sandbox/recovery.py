@@ -36,7 +36,7 @@ from diapause.errors import DiapauseError
 from diapause.limits import AGENT_READY_S, RESCUE_S
 from diapause.operation import shielded
 from diapause.sandbox.guests import Guest
-from diapause.sandbox.losses import fail_lost_captures, fail_lost_sandboxes
+from diapause.sandbox.losses import fail_lost_captures, fail_lost_sandboxes, guest_lost
 from diapause.sandbox.remove import Remove, end_orphan
 from diapause.sandbox.rescue import thaw_if_it_stands
 from diapause.sandbox.sweep import end_strays, sweep
@@ -76,10 +76,15 @@ def _settled(host: Host, record: SandboxRecord) -> bool:
     process = record.process
     try:
         settle(host, record)
-    except DiapauseError as error:
-        log.warning("recovery of %s: %s", record.id, error)
+    except Exception as error:
+        # Whatever it is: one bad sandbox keeps no home from opening.
+        known = isinstance(error, DiapauseError)
+        log.warning("recovery of %s: %s", record.id, error, exc_info=not known)
         if process and is_alive(ProcessRef(process.pid, process.start_ticks, process.boot_id)):
             return False
+        if not isinstance(error, DiapauseError):
+            cause = f"{type(error).__name__}: {error}"
+            error = guest_lost(host.catalog, record, f"it could not be settled: {cause}")
         record.state, record.error = "failed", error.to_dict()
         host.catalog.put_sandbox(record)
     return True
@@ -97,6 +102,8 @@ def settle_when_it_answers(host: Host, sandbox: str) -> None:
             return
         except DiapauseError as error:
             log.warning("%s is not settled yet: %s", sandbox, error)
+        except Exception:
+            log.exception("%s is not settled yet", sandbox)
         time.sleep(_BETWEEN_S)
 
 
@@ -281,7 +288,7 @@ def _take_up(host: Host, record: SandboxRecord, machine: QemuMachine) -> None:
     guest = Guest(record.id, host.loop)
     guest.machine = machine
     host.guests[record.id] = guest
-    guest.arm(host.guest_ended, host.guest_stalled)
+    guest.arm(host.guest_ended, host.guest_stalled, host.guest_stopped)
     if record.agent and not record.frozen:  # a frozen one answers nobody
         host.watch(lambda: _greet(guest))
 

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from diapause.errors import DiapauseError
-from diapause.limits import RESCUE_S, STALL_RETRY_S
+from diapause.limits import END_S, RESCUE_S, STALL_RETRY_S
 
 if TYPE_CHECKING:
     from diapause.driver.qemu.machine import QemuMachine
@@ -57,6 +57,24 @@ def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
             return True
         time.sleep(_BETWEEN_S)
     return False
+
+
+def thaw_if_nobody_owns(host: Host, guest: Guest) -> None:
+    """Thaw a guest that was stopped from outside; waits for the verb that it may be in."""
+    guest.looked_at = False  # before the look: one that is stopped again is looked at again
+    try:
+        with host.locks.hold(guest.sandbox, END_S):
+            record = host.catalog.sandbox(guest.sandbox)
+            ours = host.guests.get(guest.sandbox) is guest and guest.machine is not None
+            if not ours or guest.stalled or record is None or record.frozen:
+                return
+            assert guest.machine is not None
+            if guest.machine.alive() and guest.machine.status() == "paused":
+                guest.machine.thaw()
+                host.event("thawed", guest.sandbox, cause="it stood frozen and nobody owned it")
+                log.warning("%s was stopped from outside: thawed", guest.sandbox)
+    except DiapauseError as error:
+        log.warning("%s was stopped and can't be thawed: %s", guest.sandbox, error)
 
 
 def go_on_after_stall(host: Host, guest: Guest, reason: str) -> None:

@@ -9,7 +9,6 @@ from diapause.errors import (
     AgentUnreachable,
     BlobDamaged,
     BlobMissing,
-    DiapauseError,
     ExecCut,
     SandboxNotFound,
     SnapshotIncompatible,
@@ -138,7 +137,7 @@ class Runs(Part):
         with self.host.locks.hold(record.id):
             try:
                 record = self.reread(record)
-            except DiapauseError:
+            except Exception:
                 if not force:
                     raise
                 record = self.catalog.sandbox(record.id) or record  # its VMM is ended all the same

@@ -120,7 +120,7 @@ class Start(Verb):
         """The vCPUs run; from here on the guest's end is watched."""
         assert self.guest.machine is not None
         self.guest.machine.thaw()
-        self.guest.arm(self.host.guest_ended, self.host.guest_stalled)
+        self.guest.arm(self.host.guest_ended, self.host.guest_stalled, self.host.guest_stopped)
 
     def do_greet(self) -> None:
         """Ready means: the agent answered, with the clock set, fresh entropy and its own name."""

@@ -58,6 +58,13 @@ def unexpected_storage_error(
     return storage_error(what, directory, error) if error.errno is not None else None
 
 
+def is_ours(directory: Path, closed: int = 0o077) -> bool:
+    """Whether it is a directory, no link to one, of this user, with none of these mode bits."""
+    status = directory.lstat()
+    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return mine and not status.st_mode & closed
+
+
 def free_bytes(directory: Path) -> int:
     """What the file system of `directory` has left; 0 where it can't be asked."""
     try:
