@@ -272,7 +272,7 @@ class _Session(ExecClient):
     def _look_at_report(self, code: int) -> tuple[Report, DiapauseError | None]:
         try:
             report = msgspec.json.decode(bytes(self._collector.text), type=Report)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             if code in _TOO_OLD:
                 return Report(), AgentTooOld(sandbox=self._sandbox, what="`cp`")
             return Report(), CopyFailed(

@@ -180,6 +180,9 @@ class Link:
         """Queues a numbered frame."""
         if self.cause:
             return
+        if self._outbox.is_full:
+            self._break("it acknowledges nothing")
+            return
         self._outbox.push(kind, session, payload, flags)
         self._send()
 
@@ -387,7 +390,12 @@ class Link:
         self._timers.pop("ack", None)
         if self._unacknowledged:
             self._acknowledged()
-            self._send_urgent(lambda: frames.unnumbered(protocol.ACK, ack=self._received))
+            # One is enough for a peer that does not read: it says what holds when it leaves.
+            if self._acknowledgement not in self._urgent:
+                self._send_urgent(self._acknowledgement)
+
+    def _acknowledgement(self) -> bytes:
+        return frames.unnumbered(protocol.ACK, ack=self._received)
 
     def _acknowledged(self) -> None:
         self._unacknowledged = 0

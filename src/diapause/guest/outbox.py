@@ -2,7 +2,7 @@
 
 Frames leave in order and without a gap, again after a cut. Data is only queued while there is
 room, so at most the window of it waits here; what is not data (credit, signals) is small and
-always taken.
+always taken, up to a number that only an agent reaches that acknowledges nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from diapause.guest.protocol import HEADER_LEN, ProtocolError
 from diapause.units import MIB
 
 WINDOW = 1 * MIB
+FRAMES_MAX = 32_768  # an agent that keeps to the protocol leaves a few per stream
 
 
 class Outbox:
@@ -33,6 +34,11 @@ class Outbox:
     def has_room(self) -> bool:
         """Whether data may be queued."""
         return self._bytes < WINDOW
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits that the agent must be one that acknowledges nothing."""
+        return len(self._frames) >= FRAMES_MAX
 
     async def wait_for_room(self) -> None:
         """Returns when data may be queued, or when whoever waits should look again."""

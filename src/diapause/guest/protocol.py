@@ -8,7 +8,7 @@ snapshot and a newer host understand each other. Nothing here does I/O.
 from __future__ import annotations
 
 import struct
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -34,6 +34,11 @@ LAST_UNNUMBERED = ERROR
 _CREDIT = struct.Struct("<BxxxI")
 _TEXT_MAX = 1024
 _LIST_MAX = 64
+
+
+# A JSON number may have thousands of digits; arithmetic and databases take 64 bits.
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Signed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class ProtocolError(Exception):
@@ -63,17 +68,17 @@ class Hello(msgspec.Struct, kw_only=True):
 class Welcome(msgspec.Struct, kw_only=True):
     """Payload of WELCOME; `clock_error_ms` is added by the host, which knows the round trip."""
 
-    protocol: int
+    protocol: _Number
     nonce: str
     version: str
     boot_id: str
     incarnation: str
-    epoch: int
+    epoch: _Number
     resumed: bool
-    received: int
-    realtime_ns: int
-    monotonic_ns: int
-    pid: int
+    received: _Number
+    realtime_ns: _Signed
+    monotonic_ns: _Signed
+    pid: _Number
     failed: list[str]
     clock_error_ms: float = 0.0
 
