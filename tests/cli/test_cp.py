@@ -16,6 +16,15 @@ from tests.framework.trees import describe, make_tree, same_tree
 RESIDENT_BYTES_MAX = 64 * MIB
 
 
+# What an agent says that has no `pack`, what a shell does of a guest that has no agent by that
+# name, and of one that may not be run.
+OLD_AGENTS = [
+    '2 diapause-agent: unknown argument "pack"\nusage: diapause-agent [--port DEVICE]\n',
+    "127 diapause: exec: diapause-agent: No such file or directory\n",
+    "126 diapause: exec: diapause-agent: Permission denied\n",
+]
+
+
 @pytest.fixture
 def web(place: FakeHome) -> FakeHome:
     place.sandbox("web")
@@ -173,3 +182,25 @@ def peak_of(process: subprocess.Popen[bytes]) -> int:
         return peak_bytes(process.pid)
     except (AssertionError, FileNotFoundError, ProcessLookupError):
         return 0
+
+
+@pytest.mark.parametrize("says", OLD_AGENTS, ids=lambda says: says.split()[0])
+def test_an_agent_that_is_too_old_is_named(web: FakeHome, tmp_path: Path, says: str) -> None:
+    (web.home.root / "old").write_text(says)
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(3 * MIB))  # more than the pipes on the way hold
+    for words in [(str(source), "web:/tmp/there"), ("web:/etc/os-release", str(tmp_path / "new"))]:
+        error = web.json("cp", *words, code=54)["error"]
+        assert error["code"] == "agent_too_old"
+        assert "`cp`" in error["message"]
+        assert "tar" in error["hint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("code", [1, 3, 128 + 9])
+def test_an_end_that_only_fails_is_no_old_agent(web: FakeHome, tmp_path: Path, code: int) -> None:
+    (web.home.root / "old").write_text(f"{code} terminated\n")
+    error = web.json("cp", "web:/etc/os-release", str(tmp_path / "new"), code=53)["error"]
+    assert error["code"] == "copy_failed"
+    assert str(code) in error["message"]
+    assert not list(tmp_path.iterdir())

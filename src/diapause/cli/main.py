@@ -18,7 +18,7 @@ from diapause import __version__
 from diapause.cli.attend import Interrupted
 from diapause.cli.context import Context, json_option
 from diapause.cli.lazy import LazyGroup
-from diapause.cli.output import error_text, json_document, say
+from diapause.cli.output import error_text, json_document, say, usage_text
 from diapause.daemon.start import DaemonCommand, daemon_command
 from diapause.errors import DiapauseError, InvalidRequest
 from diapause.store.home import Home
@@ -106,11 +106,11 @@ def _run(words: list[str], context: Context) -> int:
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except click.UsageError as error:
-        error.show()
+        usage_text(error)
         _document(context, InvalidRequest(what="the command line", cause=error.format_message()))
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        usage_text(error)
         _document(context, DiapauseError(cause=error.format_message()))
         return error.exit_code
     except DiapauseError as error:

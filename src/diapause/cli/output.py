@@ -6,6 +6,7 @@ a guest or of a name ever reaches a terminal. A reader that went away ends the p
 
 from __future__ import annotations
 
+import io
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -83,6 +84,13 @@ def _ruled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         ruled.add_row(*(Text(cell) for cell in row))
     Console().print(ruled)
+
+
+def usage_text(error: click.ClickException) -> None:
+    """An error in the command line, on stderr: it repeats words that may be anybody's."""
+    shown = io.StringIO()
+    error.show(shown)
+    click.echo(printable(shown.getvalue(), keep="\n"), err=True, nl=False)
 
 
 def error_text(error: DiapauseError) -> None:

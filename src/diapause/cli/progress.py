@@ -127,5 +127,5 @@ def moving(what: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=None)
+        task = shown.add_task(printable(what), total=None)
         yield lambda done, total: shown.update(task, completed=done, total=max(total, done) or None)
