@@ -7,13 +7,11 @@ import errno
 import os
 import re
 import shutil
-import sqlite3
 import stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diapause import database
 from diapause.errors import BlobDamaged, BlobMissing, NotEnoughSpace, StorageFailed
 
 if TYPE_CHECKING:
@@ -51,6 +49,10 @@ def unexpected_storage_error(
     A connection that ended and a wait that took too long are errors of the system too, and no
     word of its files.
     """
+    import sqlite3  # here: every run of the command line imports this module
+
+    from diapause import database
+
     if isinstance(error, sqlite3.Error):
         return database.storage_error(directory / "catalog", error)
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
