@@ -1,6 +1,7 @@
 """`make bench`: every figure, or those that are named; exits 1 where a bound is missed.
 
 python -m benchmarks [NAME...]      names: frozen saves disk memory stored resume warm forks cli
+                                    many check adopt
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import command_line, frozen, resume, saves
+from benchmarks import command_line, frozen, many, resume, saves
 from benchmarks.guest import Bench
 from benchmarks.rows import Row, report
 
@@ -27,6 +28,9 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     "warm": resume.warm,
     "forks": resume.forks,
     "cli": command_line.measure,
+    "many": many.many,
+    "check": many.check,
+    "adopt": many.adopt,
 }
 
 

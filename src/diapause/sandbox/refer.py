@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from diapause.errors import (
     AmbiguousReference,
     InvalidRequest,
@@ -66,6 +68,9 @@ def find_sandbox(catalog: Catalog, reference: str) -> SandboxRecord:
 
 def find_snapshot(catalog: Catalog, reference: str) -> SnapshotRecord:
     """The one snapshot that is meant."""
+    exact = catalog.snapshot(reference)
+    if exact is not None and exact.removed_at is msgspec.UNSET:
+        return exact  # without a look at all the others
     rows = catalog.snapshots()
     if (found := _one(rows, reference)) is None:
         raise SnapshotNotFound(reference=reference, candidates=labels(rows))
