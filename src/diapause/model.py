@@ -232,12 +232,14 @@ class Damage(Answer):
 
 class CheckAnswer(Answer):
     """What a check read and found. `recorded` flat files were given digests by this check; `stale`
-    ones are never used and are made again when they are needed."""
+    ones are never used and are made again when they are needed; what is `unreferenced` is no
+    damage: gc frees it."""
 
     damage: list[Damage]
     blobs: int
     recorded: int = 0
     stale: int = 0
+    unreferenced: list[GcItem] = []
 
 
 class DfRow(Answer):

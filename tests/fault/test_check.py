@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diapause.errors import SnapshotLost
-from diapause.model import CheckAnswer, CheckRequest, Damage
+from diapause.model import CheckAnswer, CheckRequest, Damage, GcRequest
 from tests.fault.test_damage import flipped
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
@@ -157,3 +157,29 @@ def test_df_and_diff_agree_with_the_files(daemon: Daemon, guest: Sandbox) -> Non
     assert by_kind["build"].bytes >= stored.stored_bytes
     assert next(row for row in space.snapshots if row.id == second).unique_bytes >= 400_000
     assert space.total_bytes == sum(row.bytes for row in space.rows)
+
+
+def test_what_nobody_refers_to_is_listed_and_no_damage(daemon: Daemon, guest: Sandbox) -> None:
+    """A file without a row, and a snapshot that was removed: gc frees them."""
+    guest.rewrite()
+    saved = guest.save("disk").snapshot
+    daemon.packed(saved)
+    daemon.packed(guest.save("disk").snapshot)
+    daemon.client.remove_snapshot(saved)
+    stray = daemon.home.builds / ("0" * 64)
+    stray.write_bytes(b"of nobody")
+    found = check(daemon)
+    assert found.damage == []
+    assert {saved, stray.name} <= {item.name for item in found.unreferenced}
+    gone = {item.name for item in daemon.client.gc(GcRequest()).items}
+    assert {saved, stray.name} <= gone
+    assert not {saved, stray.name} & {item.name for item in check(daemon).unreferenced}
+
+
+def test_what_is_packed_beside_a_check_is_no_damage(daemon: Daemon, guest: Sandbox) -> None:
+    """A check that began with a capture ends with what became of it."""
+    for _ in range(6):
+        guest.rewrite()
+        saved = guest.save("disk").snapshot
+        assert check(daemon).damage == []
+        daemon.packed(saved)

@@ -379,7 +379,8 @@ class FakeEngine:
         damage = model.Damage(blob="builds/b1", cause="bad frame", snapshots=["5a"])
         if request.repair:
             damage.repaired = "made again"
-        return model.CheckAnswer(damage=[damage], blobs=7)
+        item = model.GcItem(kind="build", name="b1", bytes=4096)
+        return model.CheckAnswer(damage=[damage], blobs=7, unreferenced=[item])
 
     def verify_snapshot(self, reference: str) -> model.CheckAnswer:
         self.inspect_snapshot(reference)

@@ -29,4 +29,5 @@ def test_a_multiplied_home_is_whole(tiny_image: Image) -> None:
         with guest.forked(copies[-1].id) as fork:
             assert fork.digests() == digests
         paused = home.client.inspect(copies[0].sandbox)
-        assert (paused.state, paused.parent) == ("paused", copies[0].id)
+        assert paused.state == "paused"
+        assert paused.parent in {row.id for row in copies if row.sandbox == paused.id}

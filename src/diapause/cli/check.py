@@ -9,6 +9,7 @@ from diapause.cli.output import json_document, say, table
 from diapause.cli.progress import waiting
 from diapause.errors import BlobDamaged
 from diapause.model import CheckAnswer, CheckRequest
+from diapause.units import format_size
 
 _EXAMPLES = """\b
 Examples:
@@ -53,4 +54,7 @@ def show(context: Context, answer: CheckAnswer) -> int:
         say(f"{answer.recorded} flat files were given digests: the next check verifies them")
     if answer.stale:
         say(f"{answer.stale} flat files are of no use any more; they are made again when needed")
+    if answer.unreferenced:
+        size = format_size(sum(item.bytes for item in answer.unreferenced))
+        say(f"{len(answer.unreferenced)} files of nobody, {size}: `diapause gc` frees them")
     return code

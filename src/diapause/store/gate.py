@@ -59,7 +59,7 @@ class Gate:
                 lambda: not self._publishers and not self._collecting, bound_s
             )
             if not free:
-                raise HomeBusy(verb="packing", waited_s=bound_s)
+                raise HomeBusy(verb="packing or a check", waited_s=bound_s)
             self._collecting = True
         try:
             yield

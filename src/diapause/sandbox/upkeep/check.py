@@ -2,7 +2,10 @@
 
 What is read: builds, headers, manifests and device states of every snapshot, flat files against
 their digests, templates, images, the catalog. The pages of a capture that is not packed yet are
-verified when it is packed or resumed; here its device state is.
+verified when it is packed or resumed; here its device state is. What nothing refers to is no
+damage: it is listed, as `gc` would free it.
+
+The gate is held, which keeps out `gc` alone: captures and packing go on beside it.
 
 A flat file of this boot that nobody touched and that has no digests yet is given them: it was
 verified when it was made, and from now on it is by itself.
@@ -12,27 +15,29 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from diapause import _core
+from diapause import _core, operation
 from diapause.errors import DiapauseError
 from diapause.guest import images
 from diapause.limits import MANIFEST_BYTES_MAX
 from diapause.model import CheckAnswer, Damage
+from diapause.sandbox.upkeep import world
+from diapause.sandbox.upkeep.collect import Found
 from diapause.sandbox.upkeep.garbage import is_removed
 from diapause.snapshot.manifest import manifest_bytes
-from diapause.store.files import read_file
-from diapause.units import pages
+from diapause.store.files import allocated_bytes, read_file
+from diapause.units import MIB, pages
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.sandbox.host import Host
 
 _THREADS_MAX = 8
+_BATCH_BYTES = 256 * MIB  # between two looks whether it was cancelled
 
 
 @dataclass
@@ -57,14 +62,27 @@ class Blobs:
         self.damage.append(Damage(blob=blob, cause=cause, missing=missing, snapshots=costs))
 
     def read(self) -> None:
-        """Read all of them and note what is not what it has to be."""
+        """Read all of them and note what is not what it has to be; can be cancelled in between."""
+        sizes = [allocated_bytes(Path(path)) for _, path, _ in self.jobs]
+        total, first, done = sum(sizes), 0, 0
+        while first < len(self.jobs):
+            operation.checkpoint()
+            operation.progress(done, total, "reading")
+            end, size = first, 0
+            while end < len(self.jobs) and size < _BATCH_BYTES:
+                size += sizes[end]
+                end += 1
+            self._read(first, end)
+            first, done = end, done + size
+        operation.progress(total, total, "reading")
+
+    def _read(self, first: int, end: int) -> None:
         threads = min(len(os.sched_getaffinity(0)), _THREADS_MAX)
         root = self.host.home.root
-        for at, cause, missing in _core.check_blobs(self.jobs, threads):
-            blob = os.path.relpath(self.jobs[at][1], root)
-            self.damage.append(
-                Damage(blob=blob, cause=cause, missing=missing, snapshots=self.costs[at])
-            )
+        for at, cause, missing in _core.check_blobs(self.jobs[first:end], threads):
+            blob = os.path.relpath(self.jobs[first + at][1], root)
+            costs = self.costs[first + at]
+            self.damage.append(Damage(blob=blob, cause=cause, missing=missing, snapshots=costs))
 
 
 def check(host: Host, only: SnapshotRecord | None = None) -> CheckAnswer:
@@ -75,17 +93,34 @@ def check(host: Host, only: SnapshotRecord | None = None) -> CheckAnswer:
         wanted = [only] if only else [row for row in snapshots if row.state != "failed"]
         _add_snapshots(blobs, wanted, snapshots)
         for record in wanted:
+            operation.checkpoint()
             _add_flats(blobs, record)
         if only is None:
             _add_templates(blobs)
             _check_images(blobs)
             _check_catalog(blobs)
         blobs.read()
+        _read_packed(blobs, wanted)
+        unreferenced = [] if only else [item for item, _ in Found(host, world.look(host)).items]
     for damage in blobs.damage:
         damage.sandboxes = _users(damage, sandboxes)
     return CheckAnswer(
-        damage=blobs.damage, blobs=len(blobs.jobs), recorded=blobs.recorded, stale=blobs.stale
-    )
+        damage=blobs.damage, blobs=len(blobs.jobs), recorded=blobs.recorded, stale=blobs.stale,
+        unreferenced=unreferenced,
+    )  # fmt: skip
+
+
+def _read_packed(blobs: Blobs, wanted: list[SnapshotRecord]) -> None:
+    """What was a capture when the rows were read and was packed since: its files are others."""
+    captured = {row.id for row in wanted if row.state == "captured"}
+    rows = blobs.host.catalog.snapshots(removed=True) if captured else []
+    packed = [row for row in rows if row.id in captured and row.state == "packed"]
+    gone = tuple(f"captures/{row.id}/" for row in packed)
+    again = Blobs(blobs.host)
+    _add_snapshots(again, packed, rows)
+    again.read()
+    blobs.damage = [one for one in blobs.damage if not one.blob.startswith(gone)] + again.damage
+    blobs.jobs += again.jobs
 
 
 def _users(damage: Damage, sandboxes: list[SandboxRecord]) -> list[str]:

@@ -32,6 +32,7 @@ class Repair(Verb):
 
     name = "repair"
     steps: ClassVar[tuple[str, ...]] = ("check", "files", "rows")
+    sure_from: ClassVar[str] = "files"
 
     def __init__(self, host: Host) -> None:
         super().__init__(host, "")
