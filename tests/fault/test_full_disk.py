@@ -12,6 +12,7 @@ import pytest
 
 from diapause.errors import NotEnoughSpace
 from diapause.guest.images import Image
+from diapause.model import GcRequest
 from diapause.units import MIB
 from tests.framework.catalog_tap import Tap
 from tests.framework.fake_home import eventually
@@ -150,6 +151,40 @@ def test_a_disk_too_full_to_pack(daemon: Daemon, counting: Sandbox, disk: SmallD
     daemon.stop()
     daemon.packed(paused.snapshot)
     assert daemon.client.inspect_snapshot(paused.snapshot).error is None
+
+
+@pytest.mark.parametrize("verb", ["rm", "snapshot rm", "gc"])
+def test_what_frees_space_works_where_not_a_byte_is_left(
+    daemon: Daemon, counting: Sandbox, disk: SmallDisk, verb: str
+) -> None:
+    """Each is the first to be asked for; the guest beside it goes on."""
+    counting.rewrite()
+    saved = counting.save("disk").snapshot
+    daemon.packed(saved)
+    [fork] = daemon.fork(saved)
+    if verb == "gc":
+        counting.save("disk")
+        fork.remove()
+        daemon.client.remove_snapshot(saved)
+    eventually("the reserve", disk.home.reserve.exists)
+    value = counting.counted()
+    disk.fill()
+    assert disk.free_bytes() < 4096
+    if verb == "rm":
+        fork.remove()
+        assert fork.id not in {row.sandbox for row in daemon.client.sandboxes(everything=True)}
+        assert not disk.home.sandbox(fork.id).exists()
+    elif verb == "snapshot rm":
+        assert daemon.client.remove_snapshot(saved).removed == [saved]
+        assert saved not in {row.id for row in daemon.client.snapshots()}
+        fork.remove()
+    else:
+        done = daemon.client.gc(GcRequest())
+        assert saved in done.snapshots
+        assert not disk.home.snapshot(saved).exists()
+        assert done.freed_bytes > 0
+        assert disk.free_bytes() > 0
+    counting.counts_beyond(value)
 
 
 def test_a_guest_that_writes_to_a_full_disk_stands_until_there_is_room(
