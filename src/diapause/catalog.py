@@ -192,20 +192,16 @@ class Catalog:
 
     def snapshot(self, snapshot_id: str) -> SnapshotRecord | None:
         """The snapshot with exactly this id."""
-        found = self._one("SELECT record FROM snapshots WHERE id = ?", snapshot_id)
-        return None if found is None else _SNAPSHOT.decode(found)
+        return self._snapshot(_SNAPSHOTS + "WHERE id = ?", snapshot_id)
 
     def snapshot_named(self, name: str) -> SnapshotRecord | None:
         """The snapshot with exactly this name."""
-        found = self._one("SELECT record FROM snapshots WHERE name = ?", name)
-        return None if found is None else _SNAPSHOT.decode(found)
+        return self._snapshot(_SNAPSHOTS + "WHERE name = ?", name)
 
     def snapshots(self, *, removed: bool = False) -> list[SnapshotRecord]:
         """Every snapshot, oldest first; with `removed` also those that wait for gc."""
-        rows = self.database.connection().execute(
-            "SELECT record FROM snapshots ORDER BY created_at, id"
-        )
-        found = (_SNAPSHOT.decode(row[0]) for row in rows)
+        rows = self.database.connection().execute(_SNAPSHOTS + "ORDER BY created_at, id")
+        found = (_snapshot(*row) for row in rows)
         return [record for record in found if removed or record.removed_at is msgspec.UNSET]
 
     def everything(self) -> tuple[list[SandboxRecord], list[SnapshotRecord]]:
@@ -240,9 +236,13 @@ class Catalog:
         with self.database.transaction(durable=True) as db:
             db.executemany("DELETE FROM snapshots WHERE id = ?", [(one,) for one in snapshots])
 
-    def _one(self, query: str, *arguments: str) -> bytes | None:
+    def snapshot_state(self, snapshot_id: str) -> str | None:
+        """Its state as it stands beside its record, which may be unreadable."""
+        return _state(self.database.connection(), "snapshots", snapshot_id)
+
+    def _snapshot(self, query: str, *arguments: str) -> SnapshotRecord | None:
         row = self.database.connection().execute(query, arguments).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else _snapshot(*row)
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -298,6 +298,38 @@ def _sandbox(
             created_at=created_at, image="unknown", memory_bytes=0, cpus=0, disks_bytes=[],
             hostname="", machine_id="", error=damaged.to_dict(),
         )  # fmt: skip
+
+
+_SNAPSHOTS = "SELECT id, name, sandbox, parent, created_at, record FROM snapshots "
+_UNKNOWN = "unknown"
+
+
+def _snapshot(
+    snapshot: str,
+    name: str | None,
+    sandbox: str,
+    parent: str | None,
+    created_at: str,
+    record: bytes,
+) -> SnapshotRecord:
+    """The same for a snapshot: what it was made of is not known, and its files stay."""
+    try:
+        return _SNAPSHOT.decode(record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        damaged = BlobDamaged(blob=f"catalog.sqlite3/snapshots/{snapshot}", cause=str(error))
+        return SnapshotRecord(
+            id=snapshot, name=name, sandbox=sandbox, parent=parent, state="failed",
+            durability="disk", created_at=created_at, boot_id="", image=_UNKNOWN,
+            identity=Identity(_UNKNOWN, "", "", "", ""), layout=0, command_line=[], memory_bytes=0,
+            cpus=0, disks_bytes=[], hostname="", machine_id="", agent=False,
+            dirty_source=_UNKNOWN, dirty_pages=0, frozen_ms=0.0, state_bytes=0, state_digest="",
+            devices=[], error=damaged.to_dict(),
+        )  # fmt: skip
+
+
+def is_unreadable(record: SnapshotRecord) -> bool:
+    """Whether it stands in place of a row that can't be read."""
+    return record.identity.kind == _UNKNOWN
 
 
 def _put_sandbox(db: sqlite3.Connection, record: SandboxRecord) -> None:

@@ -24,6 +24,9 @@ from diapause.model import CaptureRequest
 from diapause.sandbox import recovery
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause
+from diapause.sandbox.upkeep.garbage import World, make_plan
+from diapause.snapshot.capture import CaptureFiles
+from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
 
@@ -89,6 +92,56 @@ def test_a_row_that_cannot_be_read_is_one_failed_sandbox(host: Host) -> None:
     assert bad.error["code"] == "blob_damaged"
     assert BAD in bad.error["message"]
     assert [row.id for row in host.catalog.sandboxes()] == [BAD, GOOD]
+
+
+def spoil(host: Host, snapshot: str) -> None:
+    """Make the row of a snapshot one that can't be read."""
+    with closing(sqlite3.connect(host.home.catalog)) as db:
+        db.execute("UPDATE snapshots SET record = ? WHERE id = ?", (b"\xff{", snapshot))
+        db.commit()
+
+
+@pytest.mark.parametrize("state", ["packed", "captured"])
+def test_the_row_of_a_snapshot_is_written_again_from_its_manifest(host: Host, state: str) -> None:
+    """Nothing is lost: the sandbox that is paused at it stays paused."""
+    put_snapshot(host, FIRST, None, state)
+    put(host, GOOD, "paused", FIRST)
+    row = host.catalog.snapshot(FIRST)
+    assert row is not None
+    captured = CaptureFiles(host.home, FIRST).manifest
+    path = captured if state == "captured" else host.home.snapshot(FIRST) / "manifest.json"
+    path.parent.mkdir()
+    path.write_bytes(manifest_bytes(row))
+    spoil(host, FIRST)
+    recovery.recover(host)
+    assert host.catalog.snapshot(FIRST) == row
+    assert found(host, GOOD).state == "paused"
+    assert "repaired" in [event.kind for event in host.catalog.journal.events()]
+
+
+def test_a_snapshot_without_row_and_manifest_is_failed_and_its_files_stay(host: Host) -> None:
+    """Nobody knows its builds, so gc takes none; the others are served."""
+    put_snapshot(host, FIRST, None, "packed")
+    put_snapshot(host, SECOND, FIRST, "packed")
+    put(host, BAD, "paused", SECOND)
+    put(host, GOOD, "paused", FIRST)
+    spoil(host, SECOND)
+    capture = CaptureFiles(host.home, SECOND).directory
+    capture.mkdir()
+    recovery.recover(host)
+    row, bad = host.catalog.snapshot(SECOND), found(host, BAD)
+    assert row is not None
+    assert row.error is not None
+    assert (row.state, row.error["code"]) == ("failed", "blob_damaged")
+    assert SECOND in row.error["message"]
+    assert (bad.state, found(host, GOOD).state) == ("failed", "paused")
+    assert bad.error is not None
+    assert FIRST in bad.error["message"]
+    assert capture.exists()
+    held = {"build": {"c" * 64}, "capture": {SECOND}, "snapshot": {SECOND}}
+    sandboxes, snapshots = host.catalog.everything()
+    plan = make_plan(World(sandboxes, snapshots, files=cast("Any", held)))
+    assert plan.files == []
 
 
 def test_an_error_that_nobody_expects_fails_one_sandbox(

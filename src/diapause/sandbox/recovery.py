@@ -37,6 +37,7 @@ from diapause.limits import AGENT_READY_S, RESCUE_S
 from diapause.operation import shielded
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.losses import fail_lost_captures, fail_lost_sandboxes, guest_lost
+from diapause.sandbox.mend import mend_snapshot_rows
 from diapause.sandbox.remove import Remove, end_orphan
 from diapause.sandbox.rescue import thaw_if_it_stands
 from diapause.sandbox.sweep import end_strays, sweep
@@ -59,6 +60,7 @@ _BETWEEN_S = 0.5
 def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
     host.settle_later = lambda sandbox: host.watch(partial(settle_when_it_answers, host, sandbox))
+    mend_snapshot_rows(host)
     fail_lost_captures(host)
     silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
     for operation in host.catalog.journal.open_operations():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from diapause.catalog import is_unreadable
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu import QemuDriver
 from diapause.limits import VMM_EXIT_S
@@ -51,7 +52,11 @@ def end_strays(host: Host) -> None:
 def sweep(host: Host) -> None:
     """Remove half-written files, captures without a row, buffers and sockets of what is gone."""
     home = host.home
-    captured = {row.id for row in host.catalog.snapshots(removed=True) if row.state == "captured"}
+    captured = {
+        row.id
+        for row in host.catalog.snapshots(removed=True)
+        if row.state == "captured" or is_unreadable(row)
+    }
     running = {row.id for row in host.catalog.sandboxes() if row.process is not None}
     known = {row.id for row in host.catalog.sandboxes()}
     for path in home.tmp.iterdir():

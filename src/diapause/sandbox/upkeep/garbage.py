@@ -6,6 +6,8 @@ Kept are: snapshots that nobody removed; a ready or removed one as long as a san
 a capture that is not packed has it for a parent, or somebody reads it; their builds; templates that
 guests were booted from and not captured since; flat files that a process maps or a paused sandbox
 resumes from. Flat files and templates are made again when they are needed.
+
+While a row of a snapshot can't be read nobody knows its builds: no build goes, nor its files.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from diapause.catalog import is_unreadable
 from diapause.sandbox.ready import is_ready
 
 if TYPE_CHECKING:
@@ -71,12 +74,16 @@ def make_plan(world: World) -> Plan:
     """What nothing refers to."""
     kept_ids = stood_on(world)
     kept = [record for record in world.snapshots if record.id in kept_ids]
+    unreadable = {record.id for record in kept if is_unreadable(record)}
     templates = _templates(world, kept)
     keep: dict[Kind, Set[str]] = {
         "snapshot": {record.id for record in kept if record.state != "captured"},
-        "build": _builds(world, kept, templates),
+        "build": world.files.get("build", set()) if unreadable else _builds(world, kept, templates),
         "flat": _flats(world),
-        "capture": {r.id for r in kept if r.state == "captured"} | world.capturing | world.reading,
+        "capture": {r.id for r in kept if r.state == "captured"}
+        | unreadable
+        | world.capturing
+        | world.reading,
         "template": templates,
     }
     found = [
