@@ -11,6 +11,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from diapause.store.home import Home
+from tests.framework.sandbox import remove_closed
 from tests.framework.sources import ROOT
 
 NOBODY = 65534
@@ -18,23 +20,40 @@ _BIND = """
 set -eu
 for name in python site repo; do mkdir -p "$1/$name"; done
 mount --bind "$2" "$1/python"; mount --bind "$3" "$1/site"; mount --bind "$4" "$1/repo"
-place=$1 program=$5; shift 5
-export HOME="$place" PYTHONPATH="$place/repo/src:$place/repo:$place/site" PYTHONDONTWRITEBYTECODE=1
+place=$1; shift 4
+export HOME="$place" LD_LIBRARY_PATH="$place/python/lib"
+export PYTHONPATH="$place/repo/src:$place/repo:$place/site" PYTHONDONTWRITEBYTECODE=1
 cd "$place/repo"
 exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all \
-  --no-new-privs "$place/python/$program" "$@"
+  --no-new-privs "$@"
 """
+# A user namespace whose own limit on further ones is none, and no right in it.
+_USED_UP = """
+echo 0 >/proc/sys/user/max_user_namespaces
+exec setpriv --inh-caps=-all --ambient-caps=-all --bounding-set=-all "$@"
+"""
+WITHOUT_USER_NAMESPACES = (
+    "unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-ec", _USED_UP, "sh",
+)  # fmt: skip
 
 
-def python_as_nobody(place: Path, *arguments: str) -> list[str]:
+def python_as_nobody(place: Path, *arguments: str, within: tuple[str, ...] = ()) -> list[str]:
     """The command; `place` is an empty directory that everybody can reach.
 
-    Run by an ordinary user it is that user's own Python.
+    Run by an ordinary user it is that user's own Python. `within` is what nobody runs it by.
     """
     if os.geteuid() != 0:
-        return [sys.executable, *arguments]
+        return [*within, sys.executable, *arguments]
     program = Path(sys.executable).resolve().relative_to(sys.base_prefix)
     return [
         "unshare", "--mount", "sh", "-c", _BIND, "bind", str(place), sys.base_prefix,
-        sysconfig.get_path("purelib"), str(ROOT), str(program), *arguments,
+        sysconfig.get_path("purelib"), str(ROOT), *within, str(place / "python" / program),
+        *arguments,
     ]  # fmt: skip
+
+
+def remove_what_nobody_left(home: Home) -> None:
+    """A home that another user had, ended: its short-lived directories have that user's name."""
+    for uid in {NOBODY, os.geteuid()}:
+        for place in (home.sockets, home.buffers):
+            remove_closed(place.with_name(place.name.replace(f"-{os.geteuid()}-", f"-{uid}-")))

@@ -18,7 +18,7 @@ import pytest
 
 from diapause.guest.images import Image
 from diapause.store.home import Home
-from tests.framework.other_user import NOBODY, python_as_nobody
+from tests.framework.other_user import NOBODY, python_as_nobody, remove_what_nobody_left
 from tests.framework.processes import end_processes
 from tests.framework.sandbox import known_facts, link_image, remove_closed
 from tests.framework.sources import ROOT
@@ -36,6 +36,7 @@ def place() -> Iterator[Path]:
     made.chmod(0o755)
     yield made
     end_processes(Home.at(made / "h"))
+    remove_what_nobody_left(Home.at(made / "h"))
     remove_closed(made)
 
 
