@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from tests.framework.sandbox import Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
 
+# Says each path that it can open, and each process that it can signal.
+_TRY = """
+for path in "$@"; do
+  case $path in
+    [0-9]*) kill -0 "$path" && echo "$path" ;;
+    *) if head -c 0 "$path" || [ -w "$path" ]; then echo "$path"; fi ;;
+  esac
+done 2>/dev/null
+true
+"""
 _SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -98,6 +109,44 @@ def test_it_holds_what_it_was_handed_and_nothing_else(daemon: Daemon, guest: San
         else:
             assert target.split(":")[0] in ("socket", "anon_inode"), target
     assert held - {Path("/dev/null")} - _libraries(held) == known | overlays
+
+
+def opened_by(uid: int, tried: list[str], within: tuple[str, ...] = ()) -> list[str]:
+    """What of this a program of that user can open or signal; `within` enters its place."""
+    poor = ("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--clear-groups")
+    command = [*within, "setpriv", "--reuid", str(uid), "--regid", str(uid), *poor]
+    done = subprocess.run(
+        [*command, "sh", "-c", _TRY, "sh", *tried], capture_output=True, text=True, timeout=60,
+        cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def everything_of(daemon: Daemon) -> list[str]:
+    """Every file and directory of a home."""
+    home = daemon.home
+    tops = {home.root, home.sockets, home.buffers}
+    return [str(path) for top in tops for path in [top, *top.rglob("*")] if not path.is_symlink()]
+
+
+def test_its_user_opens_nothing_of_ours(daemon: Daemon, guest: Sandbox) -> None:
+    """Neither in its namespaces nor in the host's: no file of the home, no other process."""
+    with guest.forked() as other:
+        uid = int(status_of(guest.vmm_pid)["Uid"].split()[0])
+        ours, other_pid = everything_of(daemon), str(other.vmm_pid)
+        others = [path for path in ours if other.id in path]
+        assert any(path.endswith(".qcow2") for path in others)
+        assert any(path.endswith(".agent") for path in others)
+        tried = [*ours, other_pid, str(daemon.pid), "/usr/bin/env"]
+        assert opened_by(uid, tried) == ["/usr/bin/env"]
+        inside = ("nsenter", "--target", str(guest.vmm_pid), "--mount", "--pid", "--ipc", "--net")
+        assert opened_by(uid, tried, inside) == ["/usr/bin/env"]
+        # The same program finds them all where nothing keeps it from them.
+        files = [path for path in ours if Path(path).is_file()]
+        assert opened_by(0, files) == files
+        other_uid = int(status_of(other.vmm_pid)["Uid"].split()[0])
+        assert opened_by(other_uid, [other_pid]) == [other_pid]
 
 
 def test_its_network_is_empty(guest: Sandbox) -> None:
