@@ -50,7 +50,7 @@ lint: setup-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/shellcheck .ci/run tools/*.sh src/diapause/guest/rootfs/etc/{rc,agent,network}
+	.venv/bin/shellcheck .ci/run tools/*.sh src/diapause/guest/rootfs/etc/{rc,agent,network} src/diapause/guest/rootfs/{ramdisk,agent}/*
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 

@@ -47,6 +47,15 @@ def tiny_image() -> Iterator[Image]:
     _remove_home(made)
 
 
+@pytest.fixture(scope="session")
+def python_image() -> Iterator[Image]:
+    """The image `python`, built once for the whole run: it takes half a minute and a download."""
+    made = _make_home()
+    build_image(made, "python", "python", lambda line: None)
+    yield find_image(made, "python")
+    _remove_home(made)
+
+
 @pytest.fixture
 def tiny_home(home: Home, tiny_image: Image) -> Home:
     """A home that has the image `tiny`; its files are links, as nothing may change them."""

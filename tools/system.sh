@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 PACKAGES=(
   qemu-system-x86 qemu-utils # the VMM, its boot ROM, the disk tool
   busybox-static             # the programs of the tiny image
+  mmdebstrap                 # the root file system of the image `python`
   e2fsprogs                  # mkfs.ext4 for the disk of a guest, e2fsck for the tests
   strace                     # the tests see by it that a guest's fsync is one
   gcc libc6-dev              # the linker and the C parts of Rust crates

@@ -78,6 +78,7 @@ class SandboxRecord(msgspec.Struct, kw_only=True):
     net: str = "none"
     ports: list[PortForward] = []
     cold: bool = False  # it was booted on its disk: its memory is not its snapshot's
+    root_disk: str | None = None  # the digest of the image's root disk, which disk0 stands on
     error: dict[str, Any] | None = None
     reason: str | None = None
 
@@ -125,6 +126,7 @@ class SnapshotRecord(msgspec.Struct, kw_only=True):
     devices: list[DeviceRecord]
     error: dict[str, Any] | None = None
     net: str = "none"
+    root_disk: str | None = None
     # When somebody removed it: nobody sees it any more, and gc takes it when nothing stands on it.
     removed_at: str | msgspec.UnsetType = msgspec.UNSET
     cold: bool = False  # its memory is over zero: the guest was booted since the parent

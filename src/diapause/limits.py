@@ -36,6 +36,10 @@ IDEMPOTENCY_KEYS_MAX = 10_000
 IDEMPOTENCY_KEY_LENGTH_MAX = 128
 IDEMPOTENCY_S = 24 * 3600.0  # how long an answered request is kept
 
+# Images.
+ROOT_DISK_BYTES_MAX = 64 * GIB
+ROOT_DISK_ENTRIES_MAX = 2_000_000
+
 # Files of ours, read back.
 MANIFEST_BYTES_MAX = 1 * MIB
 DEVICE_STATE_BYTES_MAX = 64 * MIB
@@ -75,6 +79,7 @@ STALL_RETRY_S = 2.0
 PACK_S = 1800.0
 END_S = 2 * PACK_S  # longer than any verb: what ended meanwhile is settled behind it
 SUBPROCESS_S = 300.0
+IMAGE_BUILD_S = 1800.0
 
 # What counts as right after a resume.
 CLOCK_ERROR_MS_MAX = 100

@@ -59,7 +59,7 @@ def test_the_manifest_of_an_earlier_version_is_not_taken_for_damaged() -> None:
     assert manifest_bytes(record) == FIRST.encode()
 
 
-@pytest.mark.parametrize(("field", "value"), [("net", "user")])
+@pytest.mark.parametrize(("field", "value"), [("net", "user"), ("root_disk", "00ff")])
 def test_what_a_snapshot_has_of_a_later_field_is_in_its_manifest(field: str, value: str) -> None:
     """Or a machine with a network could pass for one without."""
     record = msgspec.json.decode(FIRST, type=SnapshotRecord)

@@ -67,11 +67,8 @@ def test_an_apt_without_kernels_is_said(
         kernel.fetch_kernel(build)
 
 
-def test_modules_come_after_what_they_need(
-    build: ImageBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_modules_come_after_what_they_need(build: ImageBuild, tmp_path: Path) -> None:
     """Packed or not, spelt with '-' or '_'; what the kernel has built in is left out."""
-    monkeypatch.setattr(kernel, "MODULES", ("top", "virtio_rng"))
     unpacked = modules(
         tmp_path,
         {
@@ -81,7 +78,7 @@ def test_modules_come_after_what_they_need(
         },
         built_in="kernel/drivers/virtio-rng.ko\n",
     )
-    ordered = kernel.order_modules(build, unpacked)
+    ordered = kernel.order_modules(build, unpacked, ("top", "virtio_rng"))
     assert [name for name, _ in ordered] == ["base.ko", "mid_dle.ko", "top.ko"]
     assert ordered[1][1] == b"\0depends=base\0"
 
@@ -89,7 +86,7 @@ def test_modules_come_after_what_they_need(
 def test_a_missing_module_is_named(build: ImageBuild, tmp_path: Path) -> None:
     """A kernel without virtio can't run here."""
     with pytest.raises(ImageBuildFailed, match="no module virtio_pci"):
-        kernel.order_modules(build, modules(tmp_path, {}))
+        kernel.order_modules(build, modules(tmp_path, {}), kernel.MODULES)
 
 
 def test_a_program_that_fails_is_quoted(build: ImageBuild) -> None:

@@ -14,6 +14,7 @@ from diapause.units import format_size
 _BUILD_EXAMPLES = """\b
 Examples:
   diapause image build tiny
+  diapause image build python
   diapause image build mine --flavor tiny"""
 
 _LS_EXAMPLES = """\b

@@ -32,6 +32,7 @@ _VERSIONS = (1, MANIFEST_VERSION)  # 1 knew no network and no root disk
 MANIFEST = "manifest.json"
 KERNEL = "kernel"
 INITRD = "initrd"
+ROOT_DISK = "rootfs.ext4"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _READ_BYTES = 1 << 20
 
@@ -88,6 +89,16 @@ class Image:
     def initrd(self) -> Path:
         """The initial file system, as the VMM's `-initrd` takes it."""
         return self.directory / INITRD
+
+    @property
+    def root_disk(self) -> Path | None:
+        """The read-only ext4 file that a sandbox's disk0 stands on, where the image has one."""
+        return self.directory / ROOT_DISK if ROOT_DISK in self.manifest.files else None
+
+    @property
+    def root_disk_digest(self) -> str | None:
+        """The digest of the root disk."""
+        return self.manifest.files[ROOT_DISK].blake2b if self.root_disk else None
 
     def verify(self) -> None:
         """Read every file and compare its digest; raises `BlobDamaged` with the file's name."""

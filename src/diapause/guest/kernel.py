@@ -27,6 +27,10 @@ _META_PACKAGE = "linux-image-cloud-amd64"
 # What a guest on virtio needs, in the order in which it should show up. The console comes before
 # the disk: its ports are announced while the disk is still being probed.
 MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_rng", "pvpanic_pci")
+# The disk first, as it is waited for.
+ROOT_DISK_MODULES = (
+    "virtio_pci", "virtio_blk", "ext4", "virtio_console", "virtio_rng", "pvpanic_pci",
+)  # fmt: skip
 # Loaded only where there is a network device: each module costs a boot some milliseconds.
 NETWORK_MODULES = ("virtio_net",)
 
@@ -63,7 +67,7 @@ def fetch_kernel(build: ImageBuild) -> Kernel:
 def order_modules(
     build: ImageBuild,
     kernel: Kernel,
-    wanted: tuple[str, ...] = MODULES,
+    wanted: tuple[str, ...],
     loaded: frozenset[str] | set[str] = frozenset(),
 ) -> list[tuple[str, bytes]]:
     """The wanted modules and what they depend on as (file name, content), dependencies first.

@@ -33,18 +33,29 @@ class ImageBuild:
         """The error to raise."""
         return ImageBuildFailed(image=self.image, step=step, cause=cause)
 
-    def run(self, step: str, *argv: str | Path) -> str:
+    def run(
+        self,
+        step: str,
+        *argv: str | Path,
+        bound_s: float = limits.SUBPROCESS_S,
+        environment: dict[str, str] | None = None,
+    ) -> str:
         """Run a program in the build's directory and return what it printed."""
         try:
             done = subprocess.run(
                 argv,
                 cwd=self.directory,
-                env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+                env={
+                    **os.environ,
+                    "LC_ALL": "C",
+                    "DEBIAN_FRONTEND": "noninteractive",
+                    **(environment or {}),
+                },
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=limits.SUBPROCESS_S,
+                timeout=bound_s,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:

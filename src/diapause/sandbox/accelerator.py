@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from diapause.driver.base import BootFiles, DiskFiles, Shape, StartPlan
 from diapause.errors import DiapauseError
+from diapause.guest.images import ROOT_DISK
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.start import host_tsc_khz
 from diapause.sandbox.verb import new_id
@@ -55,11 +56,15 @@ def _boot(host: Host, image: Image, identity: VmmIdentity) -> None:
     name = new_id()
     with tempfile.TemporaryDirectory(dir=host.home.tmp) as scratch:
         overlay = Path(scratch) / "disk0.00000000.qcow2"
-        host.templates.overlay(_DISK_BYTES, overlay)
+        base, disk_bytes = host.templates.disk(_DISK_BYTES), _DISK_BYTES
+        if (digest := image.root_disk_digest) is not None:
+            disk_bytes = image.manifest.files[ROOT_DISK].size
+            base = host.templates.root_disk(digest, disk_bytes, image.root_disk)
+        host.templates.overlay(disk_bytes, overlay)
         plan = StartPlan(
-            sandbox=name, identity=identity, shape=Shape(_MEMORY_BYTES, 1, (_DISK_BYTES,)),
+            sandbox=name, identity=identity, shape=Shape(_MEMORY_BYTES, 1, (disk_bytes,)),
             memory=host.templates.memory(_MEMORY_BYTES).flat,
-            disks=(DiskFiles(host.templates.disk(_DISK_BYTES).flat, overlay),),
+            disks=(DiskFiles(base.flat, overlay),),
             console_log=Path(scratch) / "console.log", vmm_log=Path(scratch) / "vmm.log",
             boot=BootFiles(
                 image.kernel, image.initrd,

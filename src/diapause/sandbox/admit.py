@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.errors import InvalidRequest, NameInUse, NotEnoughMemory, NotSupportedYet
+from diapause.guest.images import ROOT_DISK
 from diapause.limits import (
     CPUS_MAX,
     DISK_BYTES_MAX,
@@ -20,6 +21,7 @@ from diapause.units import MIB, format_size
 
 if TYPE_CHECKING:
     from diapause.catalog import Catalog
+    from diapause.guest.images import Image
     from diapause.model import ForkRequest, ResumeRequest, RunRequest
 
 _VMM_OVERHEAD_BYTES = 64 * MIB
@@ -53,6 +55,14 @@ def check_run(catalog: Catalog, request: RunRequest) -> None:
         raise NotSupportedYet(what=f"The VMM {request.vmm!r}")
     check_network(request)
     check_memory("The sandbox", request.memory_bytes)
+
+
+def check_root_disk(request: RunRequest, image: Image) -> None:
+    """Refuse a disk that the image's root file system has no room on."""
+    least = image.manifest.files[ROOT_DISK].size if image.root_disk else 0
+    if request.disk_bytes < least:
+        cause = f"the root disk of image {request.image!r} takes {format_size(least)}"
+        raise InvalidRequest(what=f"The disk of {request.disk_bytes} bytes", cause=cause)
 
 
 def _check_size(what: str, size: int, least: int, most: int, unit: int) -> None:

@@ -302,6 +302,7 @@ class Capture(Verb):
             frozen_ms=round(self.frozen.frozen_ms, 3), state_bytes=self.state_bytes,
             state_digest=self.state_digest, devices=self._devices(), net=record.net,
             cold=record.cold,
+            root_disk=record.root_disk,
         )  # fmt: skip
 
     def _devices(self) -> list[DeviceRecord]:

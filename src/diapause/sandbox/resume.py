@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diapause.driver.qemu.command import LAYOUT, guest_visible
 from diapause.errors import SnapshotIncompatible, SnapshotLost
+from diapause.guest.images import find_image
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.ready import is_ready
 from diapause.sandbox.start import Start
@@ -113,4 +114,10 @@ class Boot(Start):
 
 def empty_disks(host: Host, record: SandboxRecord) -> list[Path]:
     """What is below the overlays of a sandbox that was never captured."""
-    return [host.templates.disk(size).flat for size in record.disks_bytes]
+    digest = record.root_disk
+    if digest is None:
+        return [host.templates.disk(size).flat for size in record.disks_bytes]
+    image = find_image(host.home, record.image)
+    # An image of that name may have been built anew: its disk is another one.
+    source = image.root_disk if image.root_disk_digest == digest else None
+    return [host.templates.root_disk(digest, size, source).flat for size in record.disks_bytes]

@@ -54,6 +54,7 @@ class Runs(Part):
         admit.check_run(self.catalog, request)
         image = images.find_image(self.host.home, request.image)
         check_image(request, image)
+        admit.check_root_disk(request, image)
         self.host.driver.program()
         record = self._wanted(request, accelerator.choose(self.host, image))
         if request.boot:
@@ -101,6 +102,8 @@ class Runs(Part):
         """The row of what was asked for, under an id of its own each time."""
         record = self.new_record(request.name, request.image, request.memory_bytes, request.cpus)
         record.disks_bytes = [request.disk_bytes]
+        image = images.find_image(self.host.home, request.image)
+        record.root_disk = image.root_disk_digest
         record.net, record.ports = request.net, parse_forwards(request.ports)
         record.identity = row_identity(self.host.driver.identity(accelerated))
         return record

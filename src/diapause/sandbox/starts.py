@@ -115,6 +115,7 @@ class Starts(Part):
         record = self.new_record(None, snapshot.image, snapshot.memory_bytes, snapshot.cpus)
         record.disks_bytes, record.identity = list(snapshot.disks_bytes), snapshot.identity
         record.snapshot, record.agent, record.net = snapshot.id, snapshot.agent, snapshot.net
+        record.root_disk = snapshot.root_disk
         return Fork(self.host, record, snapshot)
 
     def _start_fork(self, verb: Fork) -> None:

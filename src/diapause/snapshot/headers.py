@@ -67,6 +67,8 @@ class Headers:
     def root(self, record: SnapshotRecord, device: str) -> DeviceRoot:
         """What the device was before anybody wrote it."""
         size = next(d.size_bytes for d in record.devices if d.name == device)
+        if device == "disk0" and record.root_disk is not None:
+            return self._templates.root_disk(record.root_disk, size)
         make = self._templates.memory if device == "memory" else self._templates.disk
         return make(size)
 

@@ -9,7 +9,7 @@ import msgspec
 
 from diapause.catalog import SnapshotRecord
 
-_LATER_FIELDS = {"net": "none", "cold": False}
+_LATER_FIELDS = {"net": "none", "root_disk": None, "cold": False}
 
 
 def manifest_bytes(record: SnapshotRecord) -> bytes:

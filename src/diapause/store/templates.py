@@ -2,6 +2,7 @@
 
     templates/memory-SIZE/      memory (a hole of that size)  memory.header  template.json
     templates/ext4-SIZE/        disk0 (a fresh ext4)          disk0.header   template.json
+    templates/root-DIGEST-SIZE/ disk0 (an image's root disk)  disk0.header   template.json
     templates/overlay-SIZE      an empty qcow2 overlay, copied for each running disk
 
 The overlay has no backing file in its header: what is below it is said to the VMM by descriptor.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from diapause import _core
-from diapause.errors import StorageFailed
+from diapause.errors import BlobMissing, StorageFailed
 from diapause.limits import MANIFEST_BYTES_MAX, SUBPROCESS_S
 from diapause.store.files import fsync_path, read_file, remove_tree, storage_errors, write_file
 from diapause.store.gate import Gate
@@ -59,6 +60,19 @@ class Templates:
         """An empty ext4 file system of this size."""
         return self._device(f"ext4-{size_bytes}", "disk0", size_bytes, self._make_disk)
 
+    def root_disk(self, digest: str, size_bytes: int, source: Path | None = None) -> DeviceRoot:
+        """An image's root disk, its file system grown to this size; `source` is the image's file.
+
+        Where it was never made, and nobody says what of, it is missing.
+        """
+
+        def make(fresh: Path, size_bytes: int) -> str:
+            if source is None:
+                raise BlobMissing(blob=f"templates/root-{digest}-{size_bytes}")
+            return self._make_root_disk(fresh, size_bytes, source)
+
+        return self._device(f"root-{digest}-{size_bytes}", "disk0", size_bytes, make)
+
     def _device(
         self, key: str, name: str, size_bytes: int, make: Callable[[Path, int], str]
     ) -> DeviceRoot:
@@ -91,6 +105,19 @@ class Templates:
             file.truncate(size_bytes)
         _run("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-L", "data",
              "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", str(raw))  # fmt: skip
+        return self._kept(raw, flat, header, size_bytes)
+
+    def _make_root_disk(self, fresh: Path, size_bytes: int, source: Path) -> str:
+        """Grown in user space: no kernel of ours reads what an image brought."""
+        raw, flat, header = fresh / "raw", fresh / "disk0", fresh / "disk0.header"
+        _run("cp", "--sparse=always", "--no-preserve=all", str(source), str(raw))
+        if size_bytes > raw.stat().st_size:
+            with raw.open("r+b") as file:
+                file.truncate(size_bytes)
+            _run("resize2fs", "-f", str(raw))
+        return self._kept(raw, flat, header, size_bytes)
+
+    def _kept(self, raw: Path, flat: Path, header: Path, size_bytes: int) -> str:
         packed = _core.pack_file(
             str(raw), pages(size_bytes), str(self._home.builds), str(self._home.tmp), str(header)
         )

@@ -130,5 +130,6 @@ def _templates(world: World, kept: list[SnapshotRecord]) -> set[str]:
 
 
 def _roots(record: SandboxRecord | SnapshotRecord) -> set[str]:
-    disks = {f"ext4-{size}" for size in record.disks_bytes}
+    start = "ext4" if record.root_disk is None else f"root-{record.root_disk}"
+    disks = {f"{start}-{size}" for size in record.disks_bytes}
     return disks | {f"memory-{record.memory_bytes}"}
