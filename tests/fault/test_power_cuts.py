@@ -91,13 +91,18 @@ def _capture_holds(made: Recording, found: Opened, promised: bool) -> None:
     if sandbox.state == "failed":
         assert sandbox.error is not None
         assert found.snapshots[made.begun_from].state == "packed"
+        whole = sandbox.error["fields"]["snapshot"]
+        assert (sandbox.error["code"], found.snapshots[whole].state) == ("guest_lost", "packed")
+        assert whole in sandbox.error["message"]
     else:
         assert sandbox.state == "paused"
         assert sandbox.snapshot is not None
         assert found.snapshots[sandbox.snapshot].state == "packed"
 
 
-@pytest.mark.parametrize(("verb", "durability"), [("pause", "disk"), ("save", "process")])
+@pytest.mark.parametrize(
+    ("verb", "durability"), [("pause", "disk"), ("save", "process"), ("pause", "process")]
+)
 def test_a_capture(daemon: Daemon, saved: Sandbox, verb: str, durability: str) -> None:
     """Its promise holds from its answer on; before, the last snapshot is what there is."""
     with saved.forked() as guest:

@@ -146,8 +146,11 @@ class Start(Verb):
         self.notes.append(f"{error.message} Clock, entropy and identity are as they were captured.")
 
     def do_publish(self) -> None:
-        """The row: running."""
+        """The row: running, as long as there is something that runs."""
         assert self.guest.machine is not None
+        if not self.guest.machine.alive():
+            cause = "the VMM has ended"
+            raise VmmFailed(sandbox=self.sandbox, step="publish", cause=cause)
         if self.overlays_safe is not None:
             self.overlays_safe.result(60.0)
         record = self.record
