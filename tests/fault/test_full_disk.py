@@ -14,7 +14,7 @@ from diapause.errors import NotEnoughSpace
 from diapause.guest.images import Image
 from diapause.model import GcRequest
 from diapause.units import MIB
-from tests.framework.catalog_tap import Tap
+from tests.framework.catalog_tap import Tap, before_step
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox, remove_closed
 from tests.framework.small_disk import SmallDisk, daemon_of, home_on_small_disk
@@ -118,23 +118,29 @@ def test_a_disk_that_fills_up_during_a_capture(
     counting.rewrite()
     call = getattr(counting, verb)
 
+    tap = Tap(disk.home)
+
     def fill_between() -> None:
+        tap.slow(before_step(verb, "keep"))
         aside = Aside(lambda: call("disk"))
-        with Tap(disk.home).stalled_after(verb, "freeze"):
-            disk.fill(left)
+        tap.wait_held()
+        disk.fill(left)
         aside.result()
 
     check_failed(daemon, counting, fill_between)
     check_next(daemon, counting, disk)
+    tap.clear()
 
 
 def test_a_disk_too_full_to_pack(daemon: Daemon, counting: Sandbox, disk: SmallDisk) -> None:
     """The snapshot stays a capture, says why, and can be resumed; later it is packed."""
     counting.sh("head -c 8000000 /dev/urandom >/tmp/more")
     digests = counting.rewrite()
+    tap = Tap(disk.home)
+    tap.slow(before_step("pause", "publish"))
     aside = Aside(lambda: counting.pause("disk"))
-    with Tap(disk.home).stalled_after("pause", "release"):
-        disk.fill(3 * MIB)
+    tap.wait_held()
+    disk.fill(3 * MIB)
     paused = aside.result()
     eventually(
         "the failed pack",
@@ -146,6 +152,7 @@ def test_a_disk_too_full_to_pack(daemon: Daemon, counting: Sandbox, disk: SmallD
     assert found.error is not None
     assert found.error["code"] == "not_enough_space"
     disk.empty()
+    tap.clear()
     assert counting.resume().source == "capture"
     assert counting.digests() == digests
     daemon.stop()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +23,8 @@ WAIT_S = 120.0
 # A transaction of the daemon takes milliseconds: one that lasts so long is held.
 _HELD_S = 0.7
 _ENDLESS = "SELECT count(*) FROM " + ", ".join(f"tap_rows t{i}" for i in range(12))
+# Some hundred million rows: seconds, and longer on a slower machine, where the test is slower too.
+_LONG = "SELECT count(*) FROM tap_rows a, tap_rows b, tap_rows c, (SELECT n FROM tap_rows LIMIT 15)"
 _FAIL = "SELECT RAISE(ABORT, 'the tap is closed')"
 
 
@@ -72,6 +73,10 @@ class Tap:
         """The daemon stays at this place until it is killed."""
         self._set(place, _ENDLESS)
 
+    def slow(self, place: Place) -> None:
+        """The daemon stays at this place for some seconds, inside its transaction, and goes on."""
+        self._set(place, _LONG)
+
     def fail(self, place: Place) -> None:
         """The daemon's write at this place fails."""
         self._set(place, _FAIL)
@@ -111,26 +116,6 @@ class Tap:
     def wait_held(self) -> None:
         """Wait until the daemon has come to the place."""
         eventually("the daemon's coming to the tap", self._is_held, WAIT_S)
-
-    @contextlib.contextmanager
-    def stalled_after(self, verb: str, step: str) -> Iterator[None]:
-        """From this step of a verb on, the daemon waits to write its catalog until the block ends.
-
-        The step itself is taken meanwhile; the block should be short, for the daemon's patience is.
-        """
-        with self._open() as db:
-            found = (
-                "SELECT 1 FROM steps JOIN operations ON operation = operations.id "
-                "WHERE ended_at IS NULL AND verb = ? AND step = ?"
-            )
-            deadline = time.monotonic() + WAIT_S
-            while not db.execute(found, (verb, step)).fetchone():  # as often as can be
-                assert time.monotonic() < deadline, f"{verb} did not come to {step}"
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            finally:
-                db.execute("ROLLBACK")
 
     def _is_held(self) -> bool:
         try:

@@ -87,7 +87,7 @@ class Rounds:
     """One guest, captured again and again."""
 
     def __init__(self, home: Home, engine: Engine, sandbox: str) -> None:
-        self.home, self.sandbox = home, sandbox
+        self.home, self.sandbox, self.locks = home, sandbox, engine.host.locks
         guest = engine.host.guests[sandbox]
         assert guest.machine is not None
         self.machine = guest.machine
@@ -111,10 +111,11 @@ class Rounds:
                 str(buffer), MEMORY_BYTES // PAGE_SIZE, MEMORY_BYTES // PAGE_SIZE
             ),
         )  # fmt: skip
-        self.machine.freeze_and_capture(plan)
-        now = read_ram(self.machine, self.memory)
-        self.machine.ram.rearm()
-        self.machine.thaw()
+        with self.locks.hold(self.sandbox):  # as a verb does: what nobody holds is thawed
+            self.machine.freeze_and_capture(plan)
+            now = read_ram(self.machine, self.memory)
+            self.machine.ram.rearm()
+            self.machine.thaw()
         found = self._compare(rule, buffer, now)
         self.last = now
         for path in (buffer, state):
