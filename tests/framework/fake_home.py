@@ -32,12 +32,16 @@ def eventually(what: str, holds: Callable[[], object], bound_s: float = 20) -> N
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, though nobody may have waited for it."""
+    """Whether a process has ended, though nobody may have waited for it.
+
+    Its first thread may be a zombie while others still end: until the last one has, its sockets
+    are open and take connections that nobody will answer.
+    """
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "Z" and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     except (FileNotFoundError, ProcessLookupError):
         return True
-    return state == "Z"
 
 
 def peak_bytes(pid: int) -> int:

@@ -183,6 +183,10 @@ def test_signals_reach_the_whole_group(agent: Agent) -> None:
             script = "trap 'echo caught; exit 5' TERM; sleep 1000 & echo $!; wait"
             session = await link.exec(ExecRequest(argv=["sh", "-c", script]))
             child = int(await until_output(session, b"\n"))
+            # Until then it is a shell that has the trap, and would swallow the signal.
+            async with asyncio.timeout(60):
+                while Path(f"/proc/{child}/comm").read_text() != "sleep\n":
+                    await asyncio.sleep(0.01)
             await session.signal(signal.SIGTERM)
             out, _, end = await finish(session)
             assert (out, end) == (b"caught\n", Exit(5))
