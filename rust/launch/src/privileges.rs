@@ -11,6 +11,7 @@ use nix::unistd::{setgroups, setresgid, setresuid, Gid, Uid};
 use crate::failure::{At, Failure, Stage};
 use crate::plan::{Limits, User};
 
+const SIGNALS_MAX: libc::c_long = 64;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const CAPABILITIES_MAX: libc::c_ulong = 64;
 const CAP_SETPCAP: libc::c_ulong = 8;
@@ -20,10 +21,21 @@ const SECURE_BITS: libc::c_ulong = 0b1110_1111;
 
 /// Every signal as a new program has it, and none held back.
 pub fn default_signals() -> Result<(), Failure> {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: sets a disposition to the default; no handler of ours is involved.
-        // KILL, STOP and the two that libc keeps for itself refuse, and are the default already.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // By the kernel's own call: libc keeps two signals for itself and refuses to touch them, and
+    // they may have been inherited as ignored.
+    let default = [0_u64; 4]; // handler, flags, restorer, mask
+    for signal in 1..=SIGNALS_MAX {
+        // SAFETY: the kernel reads the four words of a `sigaction`, all zero, and writes nothing;
+        // no handler of ours is involved. KILL and STOP refuse, and are the default already.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                std::mem::size_of::<u64>(),
+            )
+        };
     }
     nix::sys::signal::sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
         .at(Stage::Process, || "sigprocmask")
