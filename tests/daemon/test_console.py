@@ -106,6 +106,7 @@ def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
         reader.start()
 
 
+@pytest.mark.soak  # once in some runs on a busy machine it fails, and why is not known yet
 def test_logs_by_the_command_line(place: FakeHome) -> None:
     directory = place.home.sandbox(place.sandbox())
     directory.mkdir()
