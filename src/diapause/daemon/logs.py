@@ -4,8 +4,9 @@ A console is `console.log` and, once that was full, `console.log.1` with what ca
 the file is renamed or copied and cut at a rotation, a reader that follows first takes the rest from
 `console.log.1` and then begins the new file.
 
-Reads are of a bounded size, at offsets of our own, in worker threads; a file that is gone ends the
-stream, and so does a client that left.
+Reads are of a bounded size, at offsets of our own, in worker threads. A directory that is gone ends
+the stream, and so does a client that left; a file that is missing does not, since between the two
+steps of a rotation there is none.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Console:
     def read(self, count: int) -> bytes | None:
         """The next bytes; none where nothing is new, None where the console is gone."""
         if self._file < 0 and not self._open(self._path, 0):
-            return None
+            return self._nothing()
         self._follow_rotation()
         if data := os.pread(self._file, min(count, READ_BYTES), self._offset):
             self._offset += len(data)
@@ -92,12 +93,16 @@ class Console:
     def _next(self, count: int) -> bytes | None:
         """At the end of a file: the older of the two, or one that nothing is added to just now."""
         if not self._is_present:
-            return self.read(count) if self._open(self._path, 0) else None
+            return self.read(count) if self._open(self._path, 0) else self._nothing()
         if _identity(self._path) is None:
-            return None
+            return self._nothing()
         if os.fstat(self._file).st_size < self._offset:
             self._offset = 0  # cut, and nothing was kept
         return b""
+
+    def _nothing(self) -> bytes | None:
+        """What is read where there is no file: a rotation puts one back, a removal does not."""
+        return b"" if self._path.parent.exists() else None
 
     def _open(self, path: Path, offset: int) -> bool:
         rotated = _identity(self._before)
