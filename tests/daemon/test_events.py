@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from msgspec.structs import replace
 from diapause.catalog import Catalog, Identity, SandboxRecord, SnapshotRecord
 from diapause.errors import NameInUse
 from diapause.events import KINDS
+from diapause.model import Event
 from diapause.operation import Operation, under
 from diapause.store.home import Home
 from tests.framework import sources
@@ -147,35 +149,55 @@ def test_more_events_than_one_piece_all_come(place: FakeHome) -> None:
     assert [event.sequence for event in place.client.events()] == list(range(1, 1235))
 
 
-def test_following_goes_on_over_a_restart_of_the_daemon(place: FakeHome) -> None:
-    place.client.sandboxes()
-    following = place.spawn("events", "-f", "--json")
-    assert following.stdout is not None
+@contextlib.contextmanager
+def following(place: FakeHome) -> Iterator[Callable[[], int]]:
+    """Follow the events with the program; what gives the number of the next one."""
+    process = place.spawn("events", "-f", "--json")
+    assert process.stdout is not None
 
     def next_number() -> int:
-        assert following.stdout is not None
-        line = following.stdout.readline()
-        document = msgspec.json.decode(line)
-        assert "sequence" in document, (document, following.communicate())
-        number = document["sequence"]
-        assert isinstance(number, int)
-        return number
+        assert process.stdout is not None
+        return msgspec.json.decode(process.stdout.readline(), type=Event).sequence
 
     try:
+        yield next_number
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def end_daemon(place: FakeHome) -> None:
+    pid = place.daemon_pid
+    os.kill(pid, signal.SIGKILL)
+    eventually("the end of the daemon", lambda: gone(pid))
+
+
+def test_following_goes_on_over_a_restart_of_the_daemon(place: FakeHome) -> None:
+    place.client.sandboxes()
+    with following(place) as next_number:
         assert [next_number() for _ in range(3)] == [1, 2, 3]
         _happened(place, "4")
         assert next_number() == 4
-        pid = place.daemon_pid
-        os.kill(pid, 9)
-        eventually("the end of the daemon", lambda: gone(pid))
+        end_daemon(place)
         _happened(place, "5")
         place.client.sandboxes()
         assert next_number() == 5
-        following.send_signal(2)
-        assert following.wait(60) == 130
-    finally:
-        following.kill()
-        following.communicate()
+
+
+def test_following_goes_on_when_the_daemon_ends_while_it_tells_what_was(place: FakeHome) -> None:
+    """The events that were there already come in an answer of their own: it may break off too."""
+    place.client.sandboxes()
+    (place.home.root / "stall").touch()  # after the first three
+    with following(place) as next_number:
+        assert [next_number() for _ in range(3)] == [1, 2, 3]
+        eventually("the next look", (place.home.root / "stalled").exists)
+        end_daemon(place)
+        _happened(place, "4")
+        (place.home.root / "stall").unlink()
+        place.client.sandboxes()
+        assert next_number() == 4
 
 
 def test_following_starts_a_daemon_once_and_says_why_there_is_none(place: FakeHome) -> None:

@@ -405,6 +405,8 @@ class FakeEngine:
         return directory / "console.log"
 
     def events(self, after: int, limit: int) -> list[Event]:
+        if after:
+            self._stall()
         path = self.home.root / "events"
         numbers = range(after + 1, int(path.read_text() if path.exists() else "3") + 1)
         return [

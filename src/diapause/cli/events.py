@@ -54,10 +54,15 @@ def events(context: Context, follow: bool, after: int) -> None:
 
 def _followed(context: Context, after: int) -> Iterator[Event]:
     """Events for ever; a daemon that went away is waited for, and not started again."""
-    for event in context.client().events(after):  # starts a daemon, or says why there is none
-        after = event.sequence
-        yield event
-    client, told = Client(context.home, None), False
+    answered = told = False
+    try:
+        for event in context.client().events(after):  # starts a daemon, or says why there is none
+            after, answered = event.sequence, True
+            yield event
+    except DaemonUnreachable:
+        if not answered:
+            raise
+    client = Client(context.home, None)
     while True:
         try:
             for event in client.events(after, follow=True):
