@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diapause import limits
+from diapause import limits, operation
 from diapause.errors import ImageBuildFailed
 
 if TYPE_CHECKING:
@@ -40,27 +41,40 @@ class ImageBuild:
         bound_s: float = limits.SUBPROCESS_S,
         environment: dict[str, str] | None = None,
     ) -> str:
-        """Run a program in the build's directory and return what it printed."""
+        """Run a program in the build's directory and return what it printed.
+
+        A cancelled operation ends it: Cancelled.
+        """
+        operation.checkpoint()
         try:
-            done = subprocess.run(
-                argv,
-                cwd=self.directory,
-                env={
-                    **os.environ,
-                    "LC_ALL": "C",
-                    "DEBIAN_FRONTEND": "noninteractive",
-                    **(environment or {}),
-                },
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=bound_s,
-                check=False,
-            )
+            done = self._ended(argv, bound_s, environment or {})
         except (OSError, subprocess.TimeoutExpired) as error:
             raise self.failed(step, error) from error
+        operation.checkpoint()
         if done.returncode != 0:
             said = done.stderr.strip()[-_STDERR_SHOWN:] or f"exit code {done.returncode}"
             raise self.failed(step, f"{Path(argv[0]).name}: {said}")
         return done.stdout
+
+    def _ended(
+        self, argv: tuple[str | Path, ...], bound_s: float, environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """The program's end: its own, at the bound, or when the operation is cancelled."""
+        asked = operation.cancellable()
+        process = subprocess.Popen(
+            argv,
+            cwd=self.directory,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        with process, asked.waking(process.kill) if asked else nullcontext():
+            try:
+                out, err = process.communicate(timeout=bound_s)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)

@@ -15,6 +15,7 @@ from diapause import __version__
 from diapause.guest import images
 from diapause.guest.build import build_image
 from diapause.limits import AGENT_READY_S
+from diapause.operation import at_step
 from diapause.sandbox import doctor, once, views
 from diapause.sandbox.captures import Captures
 from diapause.sandbox.consoles import Rotation
@@ -126,7 +127,7 @@ class Engine:
     def build_image(self, request: ImageBuildRequest) -> ImageInfo:
         """Build an image; one that exists stays as it is."""
         flavor = request.flavor or request.name
-        return build_image(self._host.home, request.name, flavor, lambda _: None)
+        return build_image(self._host.home, request.name, flavor, at_step)
 
     def images(self) -> list[ImageInfo]:
         """All images."""
