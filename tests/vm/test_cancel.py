@@ -14,6 +14,7 @@ import pytest
 from diapause.errors import Cancelled, OperationNotFound
 from diapause.guest.images import Image
 from diapause.sandbox.pause import Pause, Save
+from diapause.sandbox.restore import Restore
 from diapause.sandbox.resume import Boot, Fork, Resume
 from diapause.sandbox.verb import Verb
 from tests.framework.fake_home import eventually
@@ -142,6 +143,20 @@ def test_a_resume_is_cancelled(gated: Gated, guest: Sandbox, step: str) -> None:
     check_settled(daemon, 1)
     assert guest.resume().warm
     guest.counts_beyond(value)
+
+
+@pytest.mark.parametrize("step", cancellable(Restore))
+def test_a_restore_is_cancelled(gated: Gated, guest: Sandbox, step: str) -> None:
+    """It runs where it was: what was saved of it is taken up again."""
+    daemon = gated.daemon
+    then = guest.save().snapshot
+    value, digests = guest.counted(), guest.rewrite()
+    error = gated.cancelled_in("restore", step, lambda: guest.restore(then))
+    assert isinstance(error, Cancelled), error
+    assert guest.state == "running"
+    assert guest.digests() == digests
+    guest.counts_beyond(value)
+    check_settled(daemon, 1)
 
 
 def test_from_a_certain_step_on_it_is_done(gated: Gated, guest: Sandbox) -> None:

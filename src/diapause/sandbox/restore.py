@@ -34,6 +34,7 @@ class Restore(Verb):
 
     name = "restore"
     steps: ClassVar[tuple[str, ...]] = ("ready", "save", "point", "end", "publish")
+    sure_from: ClassVar[str] = "point"
 
     def __init__(
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
-from diapause.errors import DiapauseError, RestoreFailed, SnapshotIncompatible
+from diapause import operation
+from diapause.errors import Cancelled, DiapauseError, RestoreFailed, SnapshotIncompatible
 from diapause.model import CaptureRequest, RestoreAnswer, RestoreRequest
 from diapause.sandbox.part import Part
 from diapause.sandbox.pause import Pause
@@ -66,7 +67,8 @@ class Restores(Part):
             notes = self._resume(record.id, target, phases) if ran else []
         except DiapauseError as error:
             saved = self._saved(pauses) or saved
-            raise self._failed(record, target, saved, ran, error) from error
+            with operation.shielded():
+                raise self._failed(record, target, saved, ran, error) from error
         finally:
             if done := self._saved(pauses):
                 self.captures.pack_behind(done)
@@ -101,7 +103,7 @@ class Restores(Part):
         saved: str | None,
         ran: bool,
         error: DiapauseError,
-    ) -> RestoreFailed:
+    ) -> DiapauseError:
         """Back to where it was, as far as that goes; the error says how far."""
         try:
             if saved is not None and (back := self.catalog.snapshot(saved)) is not None:
@@ -113,6 +115,8 @@ class Restores(Part):
         except DiapauseError as again:
             error = DiapauseError(cause=f"{error.message} Going back failed too: {again.message}")
         left = self.catalog.sandbox(record.id) or record
+        if isinstance(error, Cancelled) and left.state == record.state:
+            return error  # nothing came of it
         at = f" at snapshot {left.snapshot}" if left.state == "paused" else ""
         return RestoreFailed(
             sandbox=record.name or record.id, snapshot=target.id, cause=error.message,
