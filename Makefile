@@ -23,7 +23,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Ca
 PREFIX ?= /usr/local
 DESTDIR ?=
 
-.PHONY: help setup setup-dev demo test bench soak lint install uninstall clean system
+.PHONY: help setup setup-dev demo test bench soak fuzz lint install uninstall clean system
 
 help:
 	@echo 'make setup   what is missing of system packages, .venv and the Rust parts'
@@ -32,6 +32,7 @@ help:
 	@echo 'make lint    the linters alone'
 	@echo 'make bench   the figures, side by side with their peers'
 	@echo 'make soak    the long tests'
+	@echo 'make fuzz    every fuzz target for FUZZ_S seconds (60)'
 	@echo 'make install PREFIX=/usr/local   launcher, systemd units, completions; also as a user, in ~/.local'
 	@echo 'make uninstall PREFIX=/usr/local'
 	@echo 'make clean   removes what was built, keeps the downloads of pip and cargo'
@@ -60,6 +61,9 @@ test: lint
 
 soak: setup-dev
 	$(PYTHON) -m pytest -m soak
+
+fuzz: setup-dev
+	tools/fuzz.sh
 
 install: setup
 	$(PYTHON) tools/install.py '$(PREFIX)' '$(DESTDIR)'
