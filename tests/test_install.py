@@ -103,7 +103,8 @@ def test_the_units_let_guests_live(place: Path) -> None:
         service = _read_unit(unit)["Service"]
         wanted = {
             "Type": "notify", "KillMode": "process", "OOMPolicy": "continue",
-            "Restart": "on-failure", "Delegate": "yes", "UMask": "0077",
+            "Restart": "on-failure", "Delegate": "memory pids", "DelegateSubgroup": "daemon",
+            "UMask": "0077",
         }  # fmt: skip
         assert {key: service[key] for key in wanted} == wanted
 
@@ -132,7 +133,12 @@ def _verify(unit: Path, target: Path) -> None:
     text = unit.read_text().replace("/opt/dia%%pause", str(target).replace("%", "%%"))
     unit.write_text(text)
     done = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, timeout=RUN_S)
-    complaints = [line for line in done.stderr.splitlines() if "diapause.service" in line]
+    complaints = [
+        line
+        for line in done.stderr.splitlines()
+        # Newer than some of the versions that are still about, which say so and go on.
+        if "diapause.service" in line and "Unknown key 'DelegateSubgroup'" not in line
+    ]
     assert complaints == [], done
 
 

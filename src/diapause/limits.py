@@ -59,6 +59,7 @@ CONSOLE_LOG_BYTES_MAX = 16 * MIB
 # What a VMM may use, however its guest behaves.
 VMM_DESCRIPTORS_MAX = 1024
 VMM_THREADS_MAX = 512
+VMM_MEMORY_OVERHEAD_BYTES = 1536 * MIB  # of its cgroup beyond the guest's; 1 GiB is translated code
 VMM_FILE_OVERHEAD_BYTES = 256 * MIB  # a file of its own beyond the disk's size and an eighth
 LAUNCH_REPORT_BYTES_MAX = 64 * KIB
 
@@ -70,6 +71,7 @@ QMP_CONNECT_S = 20.0
 STATE_LOAD_S = 60.0
 VMM_EXIT_S = 20.0
 LAUNCH_S = 20.0
+LEAF_REMOVAL_S = 1.0  # of a cgroup whose processes are on their way out
 AGENT_BOOT_S = 120.0
 AGENT_READY_S = 30.0
 GUEST_FREEZE_S = 5.0

@@ -353,7 +353,9 @@ class Confinement(Answer):
     capabilities: str  # hexadecimal digits, or "none"
     no_new_privs: bool
     seccomp: str
-    cgroup: str  # "none": it has no limits of its own
+    cgroup: str  # the directory; "none": it has no limits of its own
+    memory_bytes_max: int | None  # of that cgroup; null: no limit
+    tasks_max: int | None  # processes and threads
 
 
 class SandboxDetail(Answer):

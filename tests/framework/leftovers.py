@@ -173,6 +173,19 @@ def sockets(view: _View) -> Iterator[str]:
             yield f"socket {path.name}"
 
 
+def leaves(view: _View) -> Iterator[str]:
+    """A cgroup of a VMM that does not run, wherever the host delegated one."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if not after.startswith("cgroup2 "):
+            continue
+        start = f"diapause-{view.home.key}-"
+        for _, names, _ in os.walk(before.split()[4]):
+            for name in [name for name in names if name.startswith(start)]:
+                if not view.runs(name.removeprefix(start).partition(".")[0]):
+                    yield f"cgroup {name}"
+
+
 def sandbox_files(view: _View) -> Iterator[str]:
     """A sandbox's directory without a row; overlays and marks that its row knows nothing of."""
     for directory in view.home.sandboxes.iterdir():
@@ -199,5 +212,5 @@ def rows(view: _View) -> Iterator[str]:
 
 CHECKS: tuple[Callable[[_View], Iterator[str]], ...] = (
     vmms, processes, mounts, locks, half_written, captures, snapshots, buffers, sockets,
-    sandbox_files, rows,
+    leaves, sandbox_files, rows,
 )  # fmt: skip

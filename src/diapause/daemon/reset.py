@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from diapause.driver.cgroup import leaf_of
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import DaemonUnreachable, HomeRefused, StorageFailed
@@ -189,10 +190,12 @@ def _machines(home: Home) -> list[Home]:
 def _end_machines(home: Home) -> None:
     for each in {one.root: one for one in _machines(home)}.values():
         for process in QemuDriver(each, None).all_processes():
-            pidfd = Pidfd(process)
+            pidfd, leaf = Pidfd(process), leaf_of(process.pid)
             pidfd.kill()
             pidfd.wait(VMM_EXIT_S)
             pidfd.close()
+            if leaf is not None:
+                leaf.remove()
         if each != home:
             for directory in _outside(each):
                 _remove_directory(directory)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from diapause.driver.cgroup import leaf_of, read_limit
 
 _NAMESPACES = {
     "mnt": "mount", "pid": "pid", "ipc": "ipc", "uts": "uts", "net": "net", "user": "user",
@@ -22,7 +23,9 @@ class Confined:
     capabilities: str  # the union of its sets, as hexadecimal digits; "none"
     no_new_privs: bool
     seccomp: str
-    cgroup: str  # its own; "none" where it is in the daemon's
+    cgroup: str  # its own; "none" where it is in one that is not its alone
+    memory_bytes_max: int | None  # of that cgroup; None: no limit
+    tasks_max: int | None
 
 
 def read_confined(pid: int) -> Confined | None:
@@ -36,7 +39,7 @@ def read_confined(pid: int) -> Confined | None:
             for name, word in _NAMESPACES.items()
             if (place / "ns" / name).readlink() != Path(f"/proc/self/ns/{name}").readlink()
         ]
-        cgroup = _cgroup(place)
+        leaf = leaf_of(pid)
     except OSError:
         return None
     held = 0
@@ -47,13 +50,7 @@ def read_confined(pid: int) -> Confined | None:
         capabilities=f"{held:x}" if held else "none",
         no_new_privs=status["NoNewPrivs"] == ["1"],
         seccomp=_SECCOMP.get(status["Seccomp"][0], "unknown"),
-        cgroup="none" if cgroup == _cgroup(Path(f"/proc/{os.getpid()}")) else cgroup,
+        cgroup=str(leaf.path) if leaf else "none",
+        memory_bytes_max=read_limit(leaf, "memory.max") if leaf else None,
+        tasks_max=read_limit(leaf, "pids.max") if leaf else None,
     )  # fmt: skip
-
-
-def _cgroup(place: Path) -> str:
-    """The path in the unified hierarchy."""
-    for line in (place / "cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return line.removeprefix("0::")
-    return "none"

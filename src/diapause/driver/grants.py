@@ -15,11 +15,12 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diapause.driver.cgroup import Delegation, LeafLimits, Leaves, delegation
 from diapause.driver.launch import LAUNCHER, LaunchPlan, Level, launch
 from diapause.driver.process import Pidfd, process_ref
 from diapause.driver.uids import own_uid
 from diapause.errors import ConfinementFailed
-from diapause.limits import VMM_EXIT_S
+from diapause.limits import VMM_EXIT_S, VMM_THREADS_MAX
 
 LEVELS = (
     Level("own", namespaces=True),
@@ -52,7 +53,29 @@ def grants() -> Grants:
     return Grants(LEVELS[-1], refused)
 
 
-def _try(level: Level) -> None:
+@functools.cache
+def cgroups(key: str) -> Delegation:
+    """Where VMMs of a home get cgroups of their own: proved by starting something in one."""
+    given = delegation()
+    if given.place is None:
+        return given
+    try:
+        leaf = Leaves(key).make(given, _TRIAL, LeafLimits(None, None, VMM_THREADS_MAX))
+    except OSError as error:
+        return Delegation(None, cause=f"no cgroup can be made in {given.place}: {error.strerror}")
+    directory = os.open(leaf.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _try(grants().level, directory)
+    except ConfinementFailed as error:
+        cause = f"nothing can be started in {given.place}: {error.fields['cause']}"
+        return Delegation(None, cause=cause)
+    finally:
+        os.close(directory)
+        leaf.remove()
+    return given
+
+
+def _try(level: Level, cgroup: int | None = None) -> None:
     if level.user == "own" and os.geteuid() != 0:
         raise ConfinementFailed(sandbox=_TRIAL, stage="uid", cause="only root can change users")
     program = os.open(LAUNCHER, os.O_RDONLY | os.O_CLOEXEC)
@@ -61,6 +84,7 @@ def _try(level: Level) -> None:
     plan = LaunchPlan(
         name=f"diapause-trial-{os.getpid()}", program=f"/proc/self/fd/{program}",
         arguments=["diapause-launch", "wait"], environment={}, descriptors=[program], level=level,
+        cgroup=cgroup,
     )  # fmt: skip
     try:
         if level.user == "own":

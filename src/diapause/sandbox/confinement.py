@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from diapause.driver.base import ProcessRef
 from diapause.driver.confined import Confined, read_confined
-from diapause.driver.grants import LEVELS, Grants, grants
+from diapause.driver.grants import LEVELS, Grants, cgroups, grants
 from diapause.driver.process import is_alive
 from diapause.driver.uids import UID_COUNT, UID_FIRST
 from diapause.model import Check, Confinement
+from diapause.units import format_size
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord
+    from diapause.driver.cgroup import Delegation
 
 _NAMESPACES = {"mount", "pid", "ipc", "uts", "net"}
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -31,14 +33,15 @@ def confinement_of(record: SandboxRecord) -> Confinement | None:
     return Confinement(**dataclasses.asdict(found)) if found else None
 
 
-def confinement_checks(pid: int) -> list[Check]:
-    """Doctor's lines about a VMM that runs."""
+def confinement_checks(pid: int, key: str) -> list[Check]:
+    """Doctor's lines about a VMM that runs, of the home with this key."""
     found = read_confined(pid)
     if found is None:
         return [_check("confinement", False, "the VMM can't be asked", "")]
     given = grants()
     return [
-        _user(found, given), _namespaces(found, given), _rights(found), _cgroup(found),
+        _user(found, given), _namespaces(found, given), _rights(found),
+        _cgroup(found, cgroups(key)),
         _yama(given, _YAMA),
     ]  # fmt: skip
 
@@ -84,13 +87,24 @@ def _rights(found: Confined) -> Check:
     return _check("vmm rights", ok, detail, "Use a QEMU that was built with seccomp.")
 
 
-def _cgroup(found: Confined) -> Check:
-    detail = (
-        f"in {found.cgroup}" if found.cgroup != "none"
-        else "no cgroup of its own: its memory is bounded by the host's alone"
-    )  # fmt: skip
-    fix = "Run `diapause serve` in a cgroup whose memory.max bounds all of its guests together."
-    return _check("vmm cgroup", found.cgroup != "none", detail, fix)
+def _cgroup(found: Confined, given: Delegation) -> Check:
+    """What of it is missing, which keeps nothing from working, and why."""
+    if found.cgroup == "none":
+        detail = f"none: {given.cause}; its memory is bounded by the host's alone"
+    else:
+        memory, tasks = found.memory_bytes_max, found.tasks_max
+        held = [
+            f"at most {format_size(memory)} of memory" if memory else "no limit of memory",
+            f"at most {tasks} processes" if tasks else "no limit of processes",
+        ]
+        if memory is None and "memory" in given.controllers:
+            held[0] += " as the home lies on tmpfs"
+        detail = "; ".join([f"one of its own, {', '.join(held)}", *filter(None, [given.cause])])
+    ok = None not in (found.memory_bytes_max, found.tasks_max)
+    fix = (
+        "Run `diapause serve` by its systemd unit (Delegate=memory pids), with its home on a disk."
+    )
+    return _check("vmm cgroup", ok, detail, fix)
 
 
 def _yama(given: Grants, file: Path) -> Check:

@@ -170,7 +170,7 @@ def _attempts(trial: Engine) -> list[Check]:
     try:
         machine = trial.host.guests[ran.sandbox].machine
         assert machine is not None
-        checks += confinement_checks(machine.process.pid)
+        checks += confinement_checks(machine.process.pid, trial.host.home.key)
         for name, attempt in _ATTEMPTS.items():
             try:
                 checks.append(attempt(trial, ran.sandbox))

@@ -167,6 +167,8 @@ class Host:
 
     def end(self, record: SandboxRecord, reason: str) -> None:
         """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""
+        if not reason.startswith("guest-") and self.driver.leaves.killed(record.id):
+            reason = "the VMM was killed by its memory limit"
         record.process, record.root, record.reason = None, None, reason
         record.frozen = False
         record.state = "stopped" if reason.startswith("guest-") else "failed"

@@ -70,3 +70,4 @@ def end_orphan(host: Host, sandbox: str) -> None:
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
     SocketPaths(host.home.sockets, sandbox).unlink()
+    host.driver.leaves.remove(sandbox)

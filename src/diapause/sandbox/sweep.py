@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from diapause.catalog import is_unreadable
+from diapause.driver.cgroup import Leaves
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu import QemuDriver
 from diapause.limits import VMM_EXIT_S
@@ -45,6 +46,7 @@ def end_strays(host: Host) -> None:
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
     for home in scratch_homes:
+        Leaves(home.key).sweep()
         _remove(home.buffers)
         _remove(home.sockets)
 
@@ -52,6 +54,7 @@ def end_strays(host: Host) -> None:
 def sweep(host: Host) -> None:
     """Remove half-written files, captures without a row, buffers and sockets of what is gone."""
     home = host.home
+    host.driver.leaves.sweep()  # after each row has said how its guest ended: a leaf knows
     captured = {
         row.id
         for row in host.catalog.snapshots(removed=True)

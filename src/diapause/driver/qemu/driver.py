@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.driver.base import Shape, StartPlan, VmmIdentity
-from diapause.driver.grants import grants
+from diapause.driver.cgroup import LeafLimits, Leaves, lies_on_tmpfs, limits_of
+from diapause.driver.grants import cgroups, grants
 from diapause.driver.launch import LaunchPlan, launch
 from diapause.driver.process import find_by_argument, is_alive, process_ref
 from diapause.driver.qemu import command
@@ -21,6 +22,7 @@ from diapause.driver.qemu.machine import QemuMachine, SocketPaths
 from diapause.driver.qemu.network import preloaded, refused_forward, resolvers
 from diapause.driver.uids import own_uid
 from diapause.errors import (
+    ConfinementFailed,
     DiapauseError,
     SnapshotIncompatible,
     VmmFailed,
@@ -30,6 +32,8 @@ from diapause.errors import (
 from diapause.limits import SUBPROCESS_S, VMM_FILE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diapause.driver.base import ProcessRef
     from diapause.store.home import Home
 
@@ -53,6 +57,7 @@ class QemuDriver:
 
     def __init__(self, home: Home, preload: Path | None, *, track: bool = True) -> None:
         self._home, self._preload, self._track = home, preload, track
+        self.leaves = Leaves(home.key)
 
     def program(self) -> str:
         """The path of QEMU; refuses a missing one."""
@@ -131,6 +136,7 @@ class QemuDriver:
                 descriptors=handed.numbers, level=level, network=bool(plan.shape.network),
                 hidden=(self._home.root, self._home.sockets, self._home.buffers),
                 file_bytes=_file_bytes_max(plan.shape),
+                cgroup=stack.enter_context(self._leaf(plan)),
             )  # fmt: skip
             uid = stack.enter_context(own_uid(plan.sandbox)) if level.user == "own" else None
             child = launch(plan.sandbox, launched, uid, log)
@@ -139,8 +145,34 @@ class QemuDriver:
             child.poll()
             raise _failed_spawn(plan, "it ended at once")
         machine = QemuMachine(plan.sandbox, process, paths, plan.memory, plan.shape)
-        machine.child = child
+        machine.child, machine.gone = child, functools.partial(self.leaves.remove, plan.sandbox)
         return self._answering(machine, plan)
+
+    @contextlib.contextmanager
+    def _leaf(self, plan: StartPlan) -> Iterator[int | None]:
+        """A cgroup for it, open; None where the host delegates none. Gone if the launch fails."""
+        given = cgroups(self._home.key)
+        if given.place is None:
+            yield None
+            return
+        self.leaves.remove(plan.sandbox)  # what an earlier VMM of it may have left
+        try:
+            leaf = self.leaves.make(given, plan.sandbox, self._leaf_limits(plan.shape))
+            directory = os.open(leaf.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfinementFailed(
+                sandbox=plan.sandbox, stage="cgroup", cause=str(error)
+            ) from error
+        try:
+            yield directory
+        except BaseException:
+            leaf.remove()
+            raise
+        finally:
+            os.close(directory)
+
+    def _leaf_limits(self, shape: Shape) -> LeafLimits:
+        return limits_of(shape, on_tmpfs=lies_on_tmpfs(self._home.root))
 
     def _descriptors(
         self, plan: StartPlan, handed: _Handed, paths: SocketPaths
@@ -202,7 +234,10 @@ class QemuDriver:
         if not is_alive(process):
             return None
         paths = SocketPaths(self._home.sockets, sandbox)
-        return QemuMachine(sandbox, process, paths, memory, shape)
+        machine = QemuMachine(sandbox, process, paths, memory, shape)
+        self.leaves.adopt(sandbox, process.pid, self._leaf_limits(shape))
+        machine.gone = functools.partial(self.leaves.remove, sandbox)
+        return machine
 
     def find(self, sandbox: str) -> ProcessRef | None:
         """The machine of this sandbox that runs on this host, recorded or not."""

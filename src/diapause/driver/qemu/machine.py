@@ -22,6 +22,7 @@ from diapause.errors import AgentUnreachable, VmmFailed, VmmTimeout
 from diapause.limits import STATE_LOAD_S, VMM_EXIT_S
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from diapause.driver.launch import Child
@@ -67,6 +68,7 @@ class QemuMachine:
     ) -> None:
         self.sandbox, self.process, self.paths, self.shape = sandbox, process, paths, shape
         self.child: Child | None = None  # only while the daemon that spawned it lives
+        self.gone: Callable[[], object] = lambda: None  # what to do when it has been ended
         self._pidfd = Pidfd(process)
         self._lock = threading.RLock()
         self._qmp: Qmp | None = None
@@ -189,6 +191,7 @@ class QemuMachine:
             self.child.poll()
         self.close()
         self.paths.unlink()
+        self.gone()
 
     def close(self) -> None:
         """Let go of our ends; the process goes on."""
