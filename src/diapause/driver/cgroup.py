@@ -131,13 +131,12 @@ def turn_on(place: Path) -> Delegation:
     try:
         there = (place / "cgroup.controllers").read_text().split()
         missing = [name for name in CONTROLLERS if name not in there]
-        cause = f"{place} has no {' and no '.join(missing)} controller" if missing else ""
-        for name in CONTROLLERS:
-            if name in there and (refused := _turn_on(place, name)):
-                cause = "; ".join(filter(None, [cause, refused]))
+        causes = [f"{place} has no {' and no '.join(missing)} controller"] if missing else []
+        causes += [_turn_on(place, name) for name in CONTROLLERS if name in there]
         on = (place / "cgroup.subtree_control").read_text().split()
     except OSError as error:
         return Delegation(None, cause=f"{place}: {error.strerror}")
+    cause = "; ".join(dict.fromkeys(filter(None, causes)))
     return Delegation(place, tuple(name for name in CONTROLLERS if name in on), cause)
 
 
