@@ -12,7 +12,8 @@ mkdir -p "$found"
 # What cargo-fuzz passes too, without the sanitizers: those need a nightly compiler.
 export RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
--Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Ccodegen-units=1"
+-Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions \
+-Coverflow-checks -Ccodegen-units=1"
 
 for crate in rust/*/fuzz; do
   # With a target named, the flags are for the program alone and not for build scripts.
