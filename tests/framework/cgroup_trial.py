@@ -1,7 +1,7 @@
 """Run inside a guest, as a daemon in a delegated cgroup of a kernel that has both controllers.
 
-Takes the name of one trial and prints what it found as JSON. It needs no more than our package's
-files and the launcher: no library, and no test framework, is there.
+Takes the name of one trial and what the host delegates, and prints what was found as JSON. It needs
+no more than our package's files and the launcher: no library, and no test framework, is there.
 """
 
 from __future__ import annotations
@@ -49,15 +49,22 @@ while len(held) < 1024:
 """
 
 
-def host_delegates() -> Path:
+@contextlib.contextmanager
+def host_delegates(controllers: tuple[str, ...]) -> Iterator[Path]:
     """What a host's systemd does for a unit with `Delegate=memory pids`, and we in it."""
     if not (TOP / "cgroup.controllers").exists():
         subprocess.run(["mount", "-t", "cgroup2", "none", str(TOP)], check=True, timeout=60)
-    (TOP / "cgroup.subtree_control").write_text("+memory +pids")
+    (TOP / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
     unit = Path(tempfile.mkdtemp(prefix="unit-", dir=TOP))
     os.setxattr(unit, "user.delegate", b"1")
     (unit / "cgroup.procs").write_text(str(os.getpid()))
-    return unit
+    try:
+        yield unit
+    finally:
+        (TOP / "cgroup.procs").write_text(str(os.getpid()))
+        for path in [*(path for path in unit.iterdir() if path.is_dir()), unit]:
+            wait(lambda path=path: Leaf(path).remove())
+        (TOP / "cgroup.subtree_control").write_text(" ".join(f"-{name}" for name in controllers))
 
 
 @contextlib.contextmanager
@@ -95,7 +102,7 @@ def delegated(unit: Path) -> dict[str, Any]:
     proved = cgroups(KEY)
     return {
         "before": before == str(unit), "place": given.place == unit,
-        "controllers": given.controllers, "cause": given.cause,
+        "controllers": given.controllers, "cause": given.cause.replace(str(unit), "PLACE"),
         "own": cgroup_of() == unit / "daemon", "proved": proved == given,
         "left": sorted(path.name for path in unit.iterdir() if path.is_dir()),
     }  # fmt: skip
@@ -180,4 +187,5 @@ TRIALS = {
 
 
 if __name__ == "__main__":
-    print(json.dumps(TRIALS[sys.argv[1]](host_delegates())))
+    with host_delegates(tuple(sys.argv[2:])) as given_to_us:
+        print(json.dumps(TRIALS[sys.argv[1]](given_to_us)))

@@ -16,7 +16,6 @@ removes no cgroup in which something runs, so whatever can be removed is nobody'
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import secrets
@@ -127,32 +126,33 @@ def _is_marked(place: Path) -> bool:
 
 
 def turn_on(place: Path) -> Delegation:
-    """Turn the controllers on for leaves of this cgroup, and move out of it if that needs it."""
+    """Turn the controllers on for leaves of this cgroup, and move out of it first.
+
+    With anybody in it `memory` would be refused. `pids` would not, but nothing could be started in
+    a leaf any more: the kernel takes all of it for one threaded domain then.
+    """
     try:
         there = (place / "cgroup.controllers").read_text().split()
+        wanted = [name for name in CONTROLLERS if name in there]
         missing = [name for name in CONTROLLERS if name not in there]
         causes = [f"{place} has no {' and no '.join(missing)} controller"] if missing else []
-        causes += [_turn_on(place, name) for name in CONTROLLERS if name in there]
+        others = _step_aside(place) if wanted else 0
+        if others:
+            causes.append(f"{place} is not ours alone: {others} other processes run in it")
+        else:
+            causes += [_turn_on(place, name) for name in wanted]
         on = (place / "cgroup.subtree_control").read_text().split()
     except OSError as error:
         return Delegation(None, cause=f"{place}: {error.strerror}")
-    cause = "; ".join(dict.fromkeys(filter(None, causes)))
+    cause = "; ".join(filter(None, causes))
     return Delegation(place, tuple(name for name in CONTROLLERS if name in on), cause)
 
 
 def _turn_on(place: Path, controller: str) -> str:
     """Why it could not be; empty where it is on."""
     control = place / "cgroup.subtree_control"
-    if controller in control.read_text().split():
-        return ""
     try:
-        try:
-            control.write_text(f"+{controller}")
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            if others := _step_aside(place):
-                return f"{place} is not ours alone: {others} other processes run in it"
+        if controller not in control.read_text().split():
             control.write_text(f"+{controller}")
     except OSError as error:
         return f"{controller} can't be turned on in {place}: {error.strerror}"
@@ -161,8 +161,11 @@ def _turn_on(place: Path, controller: str) -> str:
 
 def _step_aside(place: Path) -> int:
     """Move ourselves into a leaf; how many others are in the way, which are never moved."""
-    others = {int(line) for line in (place / "cgroup.procs").read_text().split()} - {os.getpid()}
-    if not others:
+    if not (place / "cgroup.type").exists():
+        return 0  # the root of all may have processes and limited children
+    found = {int(line) for line in (place / "cgroup.procs").read_text().split()}
+    others = found - {os.getpid()}
+    if found and not others:
         (place / _DAEMON).mkdir(exist_ok=True)
         (place / _DAEMON / "cgroup.procs").write_text(str(os.getpid()))
     return len(others)
