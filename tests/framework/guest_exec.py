@@ -46,9 +46,11 @@ class Stream:
         request = ExecRequest(argv=argv, stdin=given is not None)
         self._socket.send(msgspec.json.encode(request).decode())
         if given is not None:
-            for at in range(0, len(given), _STDIN_BYTES):
-                self._socket.send(bytes([STDIN]) + given[at : at + _STDIN_BYTES])
-            self._socket.send(bytes([STDIN]))
+            # A stream that failed meanwhile is closed; why, is the last message that it holds.
+            with contextlib.suppress(ConnectionClosed):
+                for at in range(0, len(given), _STDIN_BYTES):
+                    self._socket.send(bytes([STDIN]) + given[at : at + _STDIN_BYTES])
+                self._socket.send(bytes([STDIN]))
 
     @property
     def out(self) -> bytes:
