@@ -249,13 +249,13 @@ def test_limits_are_set_before_anything_runs(files: Path) -> None:
     assert not (leaf.path / "memory.swap.max").exists()
 
 
-def test_a_limit_that_is_refused_leaves_no_leaf(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real kernel refuses a file of a controller that is not on."""
+def test_a_limit_that_is_refused_leaves_no_leaf(place: Path) -> None:
+    """The real kernel refuses a file of a controller that can't be turned on."""
+    inner = place / "inner"
+    inner.mkdir()  # nothing is turned on above it
     with pytest.raises(PermissionError):
-        Leaves(KEY).make(Delegation(place, ("pids", "memory")), SANDBOX, NO_LIMITS)
-    assert leaves_in(place) == []
+        Leaves(KEY).make(Delegation(inner, ("pids", "memory")), SANDBOX, NO_LIMITS)
+    assert leaves_in(inner) == []
 
 
 @pytest.mark.parametrize(

@@ -171,13 +171,16 @@ def started_anew(unit: Path) -> dict[str, Any]:
         cgroup.delegation.cache_clear()  # as the next daemon
         Leaves(KEY).adopt(SANDBOX, child.pid, limits)
         after = read_confined(child.pid)
+        (unit / "cgroup.subtree_control").write_text("-memory -pids")
+        later = Leaves(KEY).make(delegation(), "1" * 16, limits)
     assert before is not None
     assert without is not None
     return {
         "before": [before.memory_bytes_max, before.tasks_max],
         "without": [without.memory_bytes_max, without.tasks_max],
         "same": before == after, "wanted": [limits.memory_bytes, limits.tasks],
-        "swap": (leaf.path / "memory.swap.max").read_text().strip(),
+        "later": [int((later.path / name).read_text()) for name in ("memory.max", "pids.max")],
+        "swap": (later.path / "memory.swap.max").read_text().strip(),
     }  # fmt: skip
 
 

@@ -102,9 +102,10 @@ def test_a_vmm_that_takes_too_much_is_killed_and_it_is_known(host: Sandbox) -> N
 
 
 def test_limits_are_set_again_when_a_unit_is_started_anew(host: Sandbox) -> None:
-    """For a guest that ran through it; and they are what was asked for."""
+    """For a guest that ran through it, and by the next start; they are what was asked for."""
     found = trial(host, "started_anew")
     assert found["before"] == found["wanted"]
     assert found["without"] == [None, None]
     assert found["same"]
+    assert found["later"] == found["wanted"]
     assert found["swap"] == str(128 * MIB)

@@ -245,7 +245,11 @@ class Leaves:
         leaf = Leaf(given.place / f"{self._start}{sandbox}.{secrets.token_hex(4)}")
         leaf.path.mkdir(mode=0o755)
         try:
-            leaf.limit(given.controllers, limits)
+            try:
+                leaf.limit(given.controllers, limits)
+            except OSError:  # somebody may have turned the controllers off since
+                turn_on(given.place)
+                leaf.limit(given.controllers, limits)
         except OSError:
             leaf.remove()
             raise
