@@ -293,3 +293,31 @@ def archive_unpack(
     stands there until all of it was read. Raises ``ArchiveRefused`` with the entry's name,
     ``CopyFailed``, ``NotEnoughSpace``.
     """
+
+@final
+class RootfsEntry:
+    """What a file of ours does not say of an entry of an image.
+
+    `mode` has the kind's bits; `special` is a letter (c, b, p) and the device's two numbers.
+    """
+
+    path: bytes
+    mode: int
+    uid: int
+    gid: int
+    special: tuple[str, int, int] | None
+    attributes: list[tuple[str, bytes]]
+
+def rootfs_unpack(
+    descriptor: int,
+    path: str,
+    bytes_max: int,
+    entries_max: int,
+    progress: Progress | None = None,
+) -> tuple[ArchiveSummary, list[RootfsEntry]]:
+    """Read a root file system's tar that anybody may have written into the empty directory `path`.
+
+    Its files belong to us, without set-id bits; what they do not say comes back. Raises
+    ``ArchiveRefused`` with the entry's name, ``RootfsTooLarge``, ``CopyFailed``,
+    ``NotEnoughSpace``.
+    """

@@ -282,6 +282,48 @@ class ImageBuildFailed(DiapauseError):
     hint = "Nothing of it is left: build it again once the cause is gone."
 
 
+class KernelRefused(DiapauseError):
+    """{path} is no kernel that a guest can boot: {cause}."""
+
+    code, exit_code, status = "kernel_refused", 70, 400
+    hint = "Give a bzImage for x86-64, such as the /boot/vmlinuz-* of a distribution."
+
+
+class InitrdRefused(DiapauseError):
+    """{path} is no initial file system: {cause}."""
+
+    code, exit_code, status = "initrd_refused", 71, 400
+    hint = "Give what the kernel's own loader takes: a cpio archive (newc), plain or compressed."
+
+
+class RootfsRefused(DiapauseError):
+    """{path} can't become a root disk: {cause}."""
+
+    code, exit_code, status = "rootfs_refused", 72, 400
+    hint = "Give a directory, a tar (plain, gz, xz, zst, bz2), or an ext4 file system in a file."
+
+
+class RootfsDamaged(DiapauseError):
+    """The file system in {path} is damaged: {cause}."""
+
+    code, exit_code, status = "rootfs_damaged", 73, 400
+    hint = "Repair a copy of it with `e2fsck -f`, look at what was lost, and import the copy."
+
+
+class RootfsArchiveRefused(DiapauseError):
+    """The archive {path} was refused at {entry}: {cause}."""
+
+    code, exit_code, status = "rootfs_archive_refused", 74, 400
+    hint = "Nothing of it was kept. Pack it again with `tar -C DIR --xattrs -cf FILE .`"
+
+
+class RootfsTooLarge(DiapauseError):
+    """The root file system is too large: {cause}."""
+
+    code, exit_code, status = "rootfs_too_large", 75, 413
+    hint = "Leave out what a guest does not need; its disk can be grown by `run --disk`."
+
+
 class AgentUnreachable(DiapauseError):
     """The agent in sandbox {sandbox} did not answer within {bound_s:.0f} s."""
 

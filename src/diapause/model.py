@@ -102,6 +102,18 @@ class ImageBuildRequest(Strict):
     flavor: str | None = None
 
 
+class ImageImportRequest(Strict):
+    """Make an image of what lies on the daemon's host; absolute paths, read by the daemon.
+
+    `rootfs` is a directory, a tar or an ext4 file; without it the guest runs from `initrd`.
+    """
+
+    name: str
+    kernel: str
+    initrd: str | None = None
+    rootfs: str | None = None
+
+
 class RunAnswer(Answer):
     """A new sandbox, ready."""
 

@@ -47,6 +47,8 @@ def test_every_verb_answers_json_with_the_contracts_fields(place: FakeHome) -> N
     }  # fmt: skip
     assert place.json("snapshot", "ls")[-1]["id"] == saved["snapshot"]
     assert place.json("image", "build", "tiny")["name"] == "tiny"
+    brought = place.json("image", "import", "own", "--kernel", "vmlinuz", "--rootfs", "tree")
+    assert (brought["name"], brought["flavor"]) == ("own", "imported")
     assert place.json("image", "ls")[0]["name"] == "tiny"
     assert place.json("doctor").keys() >= {"checks", "daemon_pid", "pager_pid"}
     assert place.json("logs", "web") == {"log": ""}
@@ -256,7 +258,7 @@ def test_every_verb_has_help_that_ends_with_examples(
 def test_the_verbs_are_those_of_the_contract() -> None:
     assert {" ".join(words) for words in VERBS} == {
         "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
-        "image inspect", "image rm",
+        "image import", "image inspect", "image rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw", "restore",
         "completion", "events",

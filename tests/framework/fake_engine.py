@@ -24,6 +24,7 @@ from diapause.errors import (
     HomeNewer,
     ImageNotFound,
     InUse,
+    InvalidRequest,
     NameInUse,
     NotSupportedYet,
     SandboxNotFound,
@@ -239,6 +240,11 @@ class FakeEngine:
 
     def build_image(self, request: model.ImageBuildRequest) -> model.ImageInfo:
         return self._image(request.name, request.flavor or request.name)
+
+    def import_image(self, request: model.ImageImportRequest) -> model.ImageInfo:
+        if not request.kernel.startswith("/"):
+            raise InvalidRequest(what=f"kernel={request.kernel!r}", cause="no absolute path")
+        return self._image(request.name, "imported")
 
     def images(self) -> list[model.ImageInfo]:
         return [self._image("tiny", "tiny")]

@@ -19,6 +19,19 @@ pub enum Kind {
     Symlink(Vec<u8>),
     /// A further name of a file that came before, by its path in the stream.
     Hardlink(Vec<u8>),
+    /// A device or a named pipe: only images have them.
+    Special(Special),
+}
+
+/// What stands for no data: a device or a named pipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// A character device with its numbers.
+    Character(u32, u32),
+    /// A block device with its numbers.
+    Block(u32, u32),
+    /// A named pipe.
+    Pipe,
 }
 
 /// One entry: a name and what stands there.

@@ -32,6 +32,8 @@ pub enum Error {
         /// Why it can't be.
         cause: &'static str,
     },
+    /// The stream holds more than was allowed. Nothing of it was kept.
+    TooLarge(String),
     /// The stream itself could not be read or written.
     Stream(io::Error),
     /// The progress function said so.
@@ -52,6 +54,7 @@ impl Error {
             Self::Refused { .. } => "refused",
             Self::File { .. } => "file",
             Self::Unfit { .. } => "unfit",
+            Self::TooLarge(_) => "too_large",
             Self::Stream(_) => "stream",
             Self::Cancelled => "cancelled",
         }
@@ -63,14 +66,14 @@ impl Error {
             Self::Refused { entry: path, .. }
             | Self::File { path, .. }
             | Self::Unfit { path, .. } => escape(path),
-            Self::Stream(_) | Self::Cancelled => String::new(),
+            Self::TooLarge(_) | Self::Stream(_) | Self::Cancelled => String::new(),
         }
     }
 
     /// Why, without the path.
     pub fn cause(&self) -> String {
         match self {
-            Self::Refused { cause, .. } => cause.clone(),
+            Self::Refused { cause, .. } | Self::TooLarge(cause) => cause.clone(),
             Self::File { cause, .. } | Self::Stream(cause) => cause.to_string(),
             Self::Unfit { cause, .. } => (*cause).to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
@@ -91,6 +94,7 @@ impl fmt::Display for Error {
             Self::Refused { entry, cause } => write!(to, "refused at {}: {cause}", escape(entry)),
             Self::File { path, cause } => write!(to, "{}: {cause}", escape(path)),
             Self::Unfit { path, cause } => write!(to, "{}: {cause}", escape(path)),
+            Self::TooLarge(cause) => write!(to, "too large: {cause}"),
             Self::Stream(cause) => write!(to, "the stream: {cause}"),
             Self::Cancelled => write!(to, "cancelled"),
         }

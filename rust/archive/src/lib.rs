@@ -4,9 +4,10 @@
 //! takes the stream for hostile: a path is walked one component at a time and never through a link,
 //! a tree is made whole in a directory of its own before a part of it stands where it was asked
 //! for, and every length is checked before anything is kept for it. `docs/formats/copy-stream.md`
-//! says what is in a stream. Layers, lowest first: `error` and `limits`, `name` (paths), `meta`
-//! (modes, owners, times), `sparse` (maps), `entry` with `write` and `read` (the stream), `pack`,
-//! `staging`, `place` and `unpack` (files).
+//! says what is in a stream. `image import` reads root file systems with it. Layers, lowest first:
+//! `error` and `limits`, `name` (paths), `meta` (modes, owners, times), `sparse` (maps), `entry`
+//! with `write` and `read` (the stream), `pack`, `staging`, `place` and `unpack` (files), `rootfs`
+//! (images).
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -18,16 +19,18 @@ mod name;
 mod pack;
 mod place;
 mod read;
+mod rootfs;
 mod sparse;
 mod staging;
 mod unpack;
 mod write;
 
-pub use entry::{Entry, Kind};
+pub use entry::{Entry, Kind, Special};
 pub use error::{Error, Result};
 pub use meta::{Meta, Trust};
 pub use pack::pack;
-pub use read::Reader;
+pub use read::{Attribute, Reader};
+pub use rootfs::{unpack_rootfs, Bounds, Placed};
 pub use unpack::unpack;
 pub use write::Writer;
 

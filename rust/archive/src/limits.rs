@@ -22,6 +22,8 @@ pub const PIECES_MAX: usize = 1 << 18;
 pub const PADDING_BYTES_MAX: u64 = 1 << 20;
 /// Files with several names that are known again; further names become files of their own.
 pub const LINKED_FILES_MAX: usize = 1 << 18;
+/// What is remembered of an image's entries that files can't say: paths and attributes, in bytes.
+pub const REMEMBERED_BYTES_MAX: usize = 256 << 20;
 /// Notes that are kept.
 pub const NOTES_MAX: usize = 20;
 /// What one read or write moves.

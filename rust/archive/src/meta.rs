@@ -107,7 +107,7 @@ impl Applier {
     }
 }
 
-fn spec(instant: Instant) -> TimeSpec {
+pub(crate) fn spec(instant: Instant) -> TimeSpec {
     TimeSpec::new(instant.0, i64::from(instant.1))
 }
 

@@ -1,13 +1,13 @@
 //! Reads a stream that anybody may have written.
 //!
 //! Understood: POSIX tar with extended headers, GNU's long names and its sparse format 1.0. Refused
-//! by name: devices, pipes, every other kind, and whatever exceeds `limits`.
+//! by name: devices and pipes outside of images, every other kind, and whatever exceeds `limits`.
 
 use std::io::{ErrorKind, Read};
 
 use tar::{EntryType, Header};
 
-use crate::entry::{Entry, Kind};
+use crate::entry::{Entry, Kind, Special};
 use crate::error::{Error, Result};
 use crate::limits::{
     ENTRIES_MAX, EXTENDED_BYTES_MAX, FILE_BYTES_MAX, LINK_MAX, PADDING_BYTES_MAX, PATH_MAX,
@@ -16,6 +16,11 @@ use crate::limits::{
 use crate::meta::{Instant, Meta};
 use crate::sparse::MapParser;
 use crate::write::{BLOCK, TOTAL};
+
+const ATTRIBUTE: &[u8] = b"SCHILY.xattr.";
+
+/// An extended attribute: its name and its value.
+pub type Attribute = (Vec<u8>, Vec<u8>);
 
 /// What the extended headers before an entry say of it.
 #[derive(Default)]
@@ -31,6 +36,7 @@ struct Extended {
     sparse_size: Option<u64>,
     sparse_major: Option<u64>,
     other_sparse: bool,
+    attributes: Vec<Attribute>,
     seen: bool,
 }
 
@@ -44,6 +50,8 @@ pub struct Reader<R: Read> {
     total: u64,
     name: Vec<u8>,
     ended: bool,
+    of_image: bool,
+    attributes: Vec<Attribute>,
 }
 
 impl<R: Read> Reader<R> {
@@ -58,7 +66,22 @@ impl<R: Read> Reader<R> {
             total: 0,
             name: Vec::new(),
             ended: false,
+            of_image: false,
+            attributes: Vec::new(),
         }
+    }
+
+    /// Begins to read a root file system, which may hold devices and extended attributes.
+    pub fn of_image(input: R) -> Self {
+        Self {
+            of_image: true,
+            ..Self::new(input)
+        }
+    }
+
+    /// The extended attributes of the last entry, of an image.
+    pub fn attributes(&mut self) -> Vec<Attribute> {
+        std::mem::take(&mut self.attributes)
     }
 
     /// What the stream says that its data comes to; it may lie. 0: it does not say.
@@ -131,7 +154,8 @@ impl<R: Read> Reader<R> {
 
     // One entry from its header.
 
-    fn entry(&mut self, header: &Header, extended: Extended) -> Result<Entry> {
+    fn entry(&mut self, header: &Header, mut extended: Extended) -> Result<Entry> {
+        self.attributes = std::mem::take(&mut extended.attributes);
         let plain = header.path_bytes().into_owned();
         self.name = extended
             .sparse_name
@@ -180,6 +204,9 @@ impl<R: Read> Reader<R> {
             EntryType::Directory => Kind::Directory,
             EntryType::Symlink => Kind::Symlink(target()?),
             EntryType::Link => Kind::Hardlink(target()?),
+            EntryType::Block | EntryType::Char | EntryType::Fifo if self.of_image => {
+                Kind::Special(self.special(header)?)
+            }
             EntryType::Block | EntryType::Char => return Err(self.refuse("it is a device")),
             EntryType::Fifo => return Err(self.refuse("it is a named pipe")),
             EntryType::GNUSparse => return Err(self.refuse("it is sparse in a way not known here")),
@@ -193,6 +220,23 @@ impl<R: Read> Reader<R> {
         }
         self.padding = 0;
         Ok(kind)
+    }
+
+    fn special(&self, header: &Header) -> Result<Special> {
+        if header.entry_type() == EntryType::Fifo {
+            return Ok(Special::Pipe);
+        }
+        // What the kernel's own numbers can hold.
+        let part = |field: std::io::Result<Option<u32>>, bits: u32| match field {
+            Ok(Some(number)) if number >> bits == 0 => Ok(number),
+            _ => Err(self.refuse("its device numbers can't be ones")),
+        };
+        let major = part(header.device_major(), 12)?;
+        let minor = part(header.device_minor(), 20)?;
+        Ok(match header.entry_type() {
+            EntryType::Char => Special::Character(major, minor),
+            _ => Special::Block(major, minor),
+        })
     }
 
     fn file(&mut self, extended: &Extended, stored: u64) -> Result<Kind> {
@@ -317,6 +361,10 @@ impl<R: Read> Reader<R> {
                 b"GNU.sparse.major" => to.sparse_major = number()?,
                 b"GNU.sparse.minor" => {}
                 key if key.starts_with(b"GNU.sparse.") => to.other_sparse = true,
+                key if self.of_image && key.starts_with(ATTRIBUTE) => {
+                    let name = key[ATTRIBUTE.len()..].to_vec();
+                    to.attributes.push((name, value.to_vec()));
+                }
                 _ => {}
             }
         }

@@ -134,6 +134,7 @@ impl Unpacker<'_> {
                     .map_err(|errno| made(&entry.path, errno))?;
             }
             Kind::Hardlink(target) => self.make_hardlink(entry, name, target)?,
+            Kind::Special(_) => return Err(Error::refused(&entry.path, "it is no file")),
         }
         self.summary.entries += 1;
         self.tell(reader.total())

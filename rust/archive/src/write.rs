@@ -94,6 +94,7 @@ impl<W: Write> Writer<W> {
                     &mut records,
                 );
             }
+            Kind::Special(_) => return Err(Error::refused(&entry.path, "it is no file")),
         }
         self.owed = entry.data_bytes();
         let size = self.owed + front.len() as u64;

@@ -5,9 +5,10 @@ use std::io::{BufReader, BufWriter};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use diapause_archive::{Error, Progress, Summary, Trust};
+use diapause_archive::{Bounds, Error, Placed, Progress, Special, Summary, Trust};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::errors::{is_full, named, no_space};
 
@@ -42,6 +43,7 @@ fn to_python(py: Python<'_>, error: Error, place: &Path) -> PyErr {
             named(py, "ArchiveRefused", &[("entry", &path), ("cause", &cause)])
         }
         Error::File { cause, .. } if is_full(&cause) => no_space(py, place, 0),
+        Error::TooLarge(_) => named(py, "RootfsTooLarge", &[("cause", &cause)]),
         _ => named(py, "CopyFailed", &[("what", &path), ("cause", &cause)]),
     }
 }
@@ -59,12 +61,12 @@ fn own(descriptor: RawFd) -> PyResult<File> {
 }
 
 /// Runs `work` without the GIL; takes it back for some calls of the progress function.
-fn with_progress(
+fn with_progress<T: Send>(
     py: Python<'_>,
     place: &Path,
     progress: Option<Py<PyAny>>,
-    work: impl FnOnce(Progress<'_>) -> Result<Summary, Error> + Send,
-) -> PyResult<PySummary> {
+    work: impl FnOnce(Progress<'_>) -> Result<T, Error> + Send,
+) -> PyResult<T> {
     let mut raised = None;
     let mut told = 0u64;
     let done = py.detach(|| {
@@ -80,7 +82,7 @@ fn with_progress(
     });
     match (done, raised) {
         (_, Some(raised)) => Err(raised),
-        (Ok(summary), None) => Ok(summary.into()),
+        (Ok(done), None) => Ok(done),
         (Err(error), None) => Err(to_python(py, error, place)),
     }
 }
@@ -98,6 +100,7 @@ fn archive_pack(
     with_progress(py, &path, progress, |progress| {
         diapause_archive::pack(&path, top, out, progress)
     })
+    .map(PySummary::from)
 }
 
 #[pyfunction]
@@ -113,11 +116,69 @@ fn archive_unpack(
     with_progress(py, &path, progress, |progress| {
         diapause_archive::unpack(input, &path, name, Trust::NoSetId, progress)
     })
+    .map(PySummary::from)
+}
+
+/// An entry of an image of which its file does not say everything.
+#[pyclass(name = "RootfsEntry", module = "diapause._core", get_all, frozen)]
+struct PyPlaced {
+    path: Py<PyBytes>,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    /// The letter that debugfs has for it and its numbers; None for what a file was made for.
+    special: Option<(char, u32, u32)>,
+    attributes: Vec<(String, Py<PyBytes>)>,
+}
+
+impl PyPlaced {
+    fn new(py: Python<'_>, placed: Placed) -> Self {
+        let attribute = |(name, value): (Vec<u8>, Vec<u8>)| {
+            let name = String::from_utf8_lossy(&name).into_owned(); // ASCII, as the crate says
+            (name, PyBytes::new(py, &value).unbind())
+        };
+        Self {
+            path: PyBytes::new(py, &placed.path).unbind(),
+            mode: placed.mode,
+            uid: placed.uid,
+            gid: placed.gid,
+            special: placed.special.map(|special| match special {
+                Special::Character(major, minor) => ('c', major, minor),
+                Special::Block(major, minor) => ('b', major, minor),
+                Special::Pipe => ('p', 0, 0),
+            }),
+            attributes: placed.attributes.into_iter().map(attribute).collect(),
+        }
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (descriptor, path, bytes_max, entries_max, progress = None))]
+fn rootfs_unpack(
+    py: Python<'_>,
+    descriptor: RawFd,
+    path: PathBuf,
+    bytes_max: u64,
+    entries_max: u64,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<(PySummary, Vec<PyPlaced>)> {
+    let input = BufReader::with_capacity(BUFFER_BYTES, own(descriptor)?);
+    let bounds = Bounds {
+        bytes: bytes_max,
+        entries: entries_max,
+    };
+    let (summary, placed) = with_progress(py, &path, progress, |progress| {
+        diapause_archive::unpack_rootfs(input, &path, bounds, progress)
+    })?;
+    let placed = placed.into_iter().map(|one| PyPlaced::new(py, one));
+    Ok((summary.into(), placed.collect()))
 }
 
 /// Adds this file's names to the module.
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySummary>()?;
+    module.add_class::<PyPlaced>()?;
+    module.add_function(wrap_pyfunction!(rootfs_unpack, module)?)?;
     module.add_function(wrap_pyfunction!(archive_pack, module)?)?;
     module.add_function(wrap_pyfunction!(archive_unpack, module)?)
 }

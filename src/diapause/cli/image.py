@@ -1,6 +1,8 @@
-"""`diapause image`: build, list, inspect and remove images."""
+"""`diapause image`: build, import, list, inspect and remove images."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
@@ -8,7 +10,7 @@ from diapause.cli.context import Context, json_option, pass_context
 from diapause.cli.output import data, json_document, pretty, say, table
 from diapause.cli.progress import waiting
 from diapause.cli.removal import remove_each
-from diapause.model import ImageBuildRequest
+from diapause.model import ImageBuildRequest, ImageImportRequest
 from diapause.units import format_size
 
 _BUILD_EXAMPLES = """\b
@@ -16,6 +18,16 @@ Examples:
   diapause image build tiny
   diapause image build python
   diapause image build mine --flavor tiny"""
+
+_IMPORT_EXAMPLES = """\b
+Examples:
+  diapause image import mine --kernel /boot/vmlinuz --rootfs ./tree
+  diapause image import mine --kernel vmlinuz --rootfs root.tar.gz
+  diapause image import mine --kernel vmlinuz --initrd initrd.img --rootfs root.ext4
+  diapause image import small --kernel vmlinuz --initrd initramfs.cpio.gz
+A tree comes from debootstrap, mmdebstrap or the export of a container. Without an initrd of your
+own the kernel has virtio-pci, virtio-blk, virtio-console and ext4 built in, or its modules are
+found: in an image here that boots the same kernel, or in the host's /lib/modules."""
 
 _LS_EXAMPLES = """\b
 Examples:
@@ -58,6 +70,41 @@ def build(context: Context, name: str, flavor: str | None) -> None:
     size = format_size(answer.size_bytes)
     done = "exists already" if answer.already else "built"
     say(f"image {answer.name} {done}: kernel {answer.kernel_version}, {size}")
+    data(answer.name)
+
+
+@image.command("import", epilog=_IMPORT_EXAMPLES)
+@click.argument("name")
+@click.option("--kernel", required=True, metavar="FILE", help="A bzImage.")
+@click.option(
+    "--initrd", metavar="FILE", help="The kernel's initial file system; ours unless said."
+)
+@click.option(
+    "--rootfs", metavar="PATH", help="A directory, a tar, or an ext4 file system in a file."
+)
+@json_option
+@pass_context
+def import_image(
+    context: Context, name: str, kernel: str, initrd: str | None, rootfs: str | None
+) -> None:
+    """Make an image of your own kernel and root file system; the agent is put in.
+
+    The daemon reads the files, so it has to be able to. Nothing of them is mounted or run on this
+    host, and they are not changed.
+    """
+    request = ImageImportRequest(
+        name=name,
+        kernel=str(Path(kernel).resolve()),
+        initrd=str(Path(initrd).resolve()) if initrd is not None else None,
+        rootfs=str(Path(rootfs).resolve()) if rootfs is not None else None,
+    )
+    with waiting(f"importing image {name!r}"):
+        answer = context.client().import_image(request)
+    if context.json:
+        json_document(answer)
+        return
+    size = format_size(answer.size_bytes)
+    say(f"image {answer.name} imported: kernel {answer.kernel_version}, {size}")
     data(answer.name)
 
 

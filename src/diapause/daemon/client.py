@@ -92,6 +92,10 @@ class Client:
         """Build an image, or find that it exists."""
         return self._call("POST", "/v1/images", model.ImageInfo, request)
 
+    def import_image(self, request: model.ImageImportRequest) -> model.ImageInfo:
+        """Make an image of a kernel and a root file system of somebody's own."""
+        return self._call("POST", "/v1/images/import", model.ImageInfo, request)
+
     def images(self) -> list[model.ImageInfo]:
         """All images."""
         return self._call("GET", "/v1/images", list[model.ImageInfo])

@@ -30,6 +30,7 @@ from diapause.model import (
     GcRequest,
     ImageBuildRequest,
     ImageDetail,
+    ImageImportRequest,
     ImageInfo,
     RemoveAnswer,
     RemoveImageAnswer,
@@ -90,6 +91,9 @@ class Engine(Protocol):
 
     def build_image(self, request: ImageBuildRequest) -> ImageInfo:
         """Build an image, or find that it exists."""
+
+    def import_image(self, request: ImageImportRequest) -> ImageInfo:
+        """Make an image of files on this host."""
 
     def images(self) -> list[ImageInfo]:
         """All images."""

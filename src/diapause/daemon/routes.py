@@ -103,6 +103,11 @@ ROUTES: tuple[Route, ...] = (
         model.ImageInfo, model.ImageBuildRequest,
         lambda engine, call: engine.build_image(call.body),
     ),
+    Route(
+        "POST", "/v1/images/import", "importImage", "Make an image of files on the daemon's host",
+        model.ImageInfo, model.ImageImportRequest,
+        lambda engine, call: engine.import_image(call.body),
+    ),
     _get(
         "/v1/images/{ref}", "inspectImage", "One image, and who needs it", model.ImageDetail,
         lambda engine, call: engine.inspect_image(call.ref),

@@ -11,6 +11,9 @@ import stat
 
 _ALIGNMENT = 4
 _TRAILER = "TRAILER!!!"
+_MAGIC = b"070701"
+_HEAD_BYTES = 110
+_MODE, _SIZE, _NAME_SIZE = 1, 6, 11  # which of the head's numbers
 
 
 class Initramfs:
@@ -46,6 +49,28 @@ class Initramfs:
         self._data += _entry(path, len(self._entries), mode, content)
 
 
+def read_archive(data: bytes) -> dict[str, bytes]:
+    """The regular files of an archive that this module wrote, by path."""
+    files: dict[str, bytes] = {}
+    at = 0
+    while data[at : at + 6] == _MAGIC:
+        mode, size, name_size = (
+            int(data[at + 6 + 8 * field :][:8], 16) for field in (_MODE, _SIZE, _NAME_SIZE)
+        )
+        content_at = at + _padded_size(_HEAD_BYTES + name_size)
+        name = data[at + _HEAD_BYTES : at + _HEAD_BYTES + name_size - 1].decode()
+        if name == _TRAILER:
+            break
+        if stat.S_ISREG(mode):
+            files[name] = data[content_at : content_at + size]
+        at = content_at + _padded_size(size)
+    return files
+
+
+def _padded_size(size: int) -> int:
+    return size + -size % _ALIGNMENT
+
+
 def _entry(path: str, inode: int, mode: int, content: bytes) -> bytes:
     name = path.encode() + b"\0"
     links, owner, group, time, device = 1, 0, 0, 0, 0
@@ -53,7 +78,7 @@ def _entry(path: str, inode: int, mode: int, content: bytes) -> bytes:
         inode, mode, owner, group, links, time, len(content),
         device, device, device, device, len(name), 0,
     )  # fmt: skip
-    head = b"070701" + b"".join(b"%08X" % field for field in fields) + name
+    head = _MAGIC + b"".join(b"%08X" % field for field in fields) + name
     return _padded(head) + _padded(content)
 
 

@@ -7,6 +7,7 @@ it needs. Nothing of it is installed on the host.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import lzma
 import os
@@ -87,6 +88,8 @@ def order_modules(
             return
         if name not in files:
             raise build.failed(step, f"{kernel.source.package} has no module {name}")
+        if files[name].suffix == ".zst":
+            raise build.failed(step, f"{files[name].name} is compressed with zstd")
         content = _read_module(files[name])
         for dependency in _depends(content):
             add(dependency)
@@ -175,6 +178,8 @@ def _module_name(path: Path) -> str:
 
 def _read_module(path: Path) -> bytes:
     data = path.read_bytes()
+    if path.suffix == ".gz":
+        return gzip.decompress(data)
     return lzma.decompress(data) if path.suffix == ".xz" else data
 
 

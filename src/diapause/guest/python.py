@@ -12,7 +12,7 @@ from diapause.guest import images
 from diapause.guest.debian import make_tree
 from diapause.guest.kernel import fetch_kernel
 from diapause.guest.manifests import write_manifest
-from diapause.guest.rootdisk import make_disk, put_agent_in, ramdisk
+from diapause.guest.rootdisk import kernel_modules, make_disk, put_agent_in, ramdisk
 from diapause.guest.tiny import COMMAND_LINE
 from diapause.units import GIB
 
@@ -42,6 +42,6 @@ def stage(build: ImageBuild) -> Path:
     make_disk(build, tree, staged / images.ROOT_DISK)
     put_agent_in(build, staged / images.ROOT_DISK)
     shutil.copyfile(kernel.boot_file, staged / images.KERNEL)
-    (staged / images.INITRD).write_bytes(ramdisk(build, kernel))
+    (staged / images.INITRD).write_bytes(ramdisk(build, kernel_modules(build, kernel)))
     write_manifest(build, staged, FLAVOR, kernel.source, ROOT_DISK_LINE)
     return staged

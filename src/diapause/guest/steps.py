@@ -45,20 +45,35 @@ class ImageBuild:
 
         A cancelled operation ends it: Cancelled.
         """
+        done = self.call(step, *argv, bound_s=bound_s, environment=environment)
+        if done.returncode != 0:
+            raise self.failed(step, f"{Path(argv[0]).name}: {self.said(done)}")
+        return done.stdout.decode(errors="replace")
+
+    def said(self, done: subprocess.CompletedProcess[bytes]) -> str:
+        """The end of what a program that failed complained of."""
+        text = done.stderr.decode(errors="replace").strip()[-_STDERR_SHOWN:]
+        return text or f"exit code {done.returncode}"
+
+    def call(
+        self,
+        step: str,
+        *argv: str | Path,
+        bound_s: float = limits.SUBPROCESS_S,
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a program to its end, whatever that is; a cancelled operation ends it: Cancelled."""
         operation.checkpoint()
         try:
             done = self._ended(argv, bound_s, environment or {})
         except (OSError, subprocess.TimeoutExpired) as error:
             raise self.failed(step, error) from error
         operation.checkpoint()
-        if done.returncode != 0:
-            said = done.stderr.strip()[-_STDERR_SHOWN:] or f"exit code {done.returncode}"
-            raise self.failed(step, f"{Path(argv[0]).name}: {said}")
-        return done.stdout
+        return done
 
     def _ended(
         self, argv: tuple[str | Path, ...], bound_s: float, environment: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> subprocess.CompletedProcess[bytes]:
         """The program's end: its own, at the bound, or when the operation is cancelled."""
         asked = operation.cancellable()
         process = subprocess.Popen(
@@ -68,8 +83,6 @@ class ImageBuild:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
         )
         with process, asked.waking(process.kill) if asked else nullcontext():
             try:

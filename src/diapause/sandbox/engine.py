@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from diapause import __version__
 from diapause.guest import images
 from diapause.guest.build import build_image
+from diapause.guest.imports import import_image
 from diapause.limits import AGENT_READY_S
 from diapause.operation import at_step
 from diapause.sandbox import doctor, once, views
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         GcRequest,
         ImageBuildRequest,
         ImageDetail,
+        ImageImportRequest,
         ImageInfo,
         RemoveAnswer,
         RemoveImageAnswer,
@@ -128,6 +130,10 @@ class Engine:
         """Build an image; one that exists stays as it is."""
         flavor = request.flavor or request.name
         return build_image(self._host.home, request.name, flavor, at_step)
+
+    def import_image(self, request: ImageImportRequest) -> ImageInfo:
+        """Make an image of files on this host."""
+        return import_image(self._host.home, request, at_step)
 
     def images(self) -> list[ImageInfo]:
         """All images."""
