@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -23,6 +24,21 @@ settings.register_profile("local", max_examples=200, deadline=None)
 settings.register_profile("deep", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# The home with the images of one run, which its workers inherit the name of.
+_SHARED = "DIAPAUSE_TEST_IMAGES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the home of the images, before there are workers."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_SHARED] = str(_make_home().root)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it, after all of them have ended."""
+    if not hasattr(config, "workerinput"):
+        _remove_home(Home.at(os.environ.pop(_SHARED)))
+
 
 def pytest_report_header() -> str:
     """Say what this machine can do: a figure means little without it."""
@@ -39,21 +55,24 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 
 
 @pytest.fixture(scope="session")
-def tiny_image() -> Iterator[Image]:
+def tiny_image() -> Image:
     """The image `tiny`, built once for the whole run."""
-    made = _make_home()
-    build_image(made, "tiny", "tiny", lambda line: None)
-    yield find_image(made, "tiny")
-    _remove_home(made)
+    return _shared_image("tiny")
 
 
 @pytest.fixture(scope="session")
-def python_image() -> Iterator[Image]:
+def python_image() -> Image:
     """The image `python`, built once for the whole run: it takes half a minute and a download."""
-    made = _make_home()
-    build_image(made, "python", "python", lambda line: None)
-    yield find_image(made, "python")
-    _remove_home(made)
+    return _shared_image("python")
+
+
+def _shared_image(name: str) -> Image:
+    """An image that all workers of a run share: the first that needs it builds it."""
+    home = Home.at(os.environ[_SHARED])
+    with (home.root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build_image(home, name, name, lambda line: None)
+    return find_image(home, name)
 
 
 @pytest.fixture
