@@ -157,10 +157,10 @@ class _Save(Scenario):
 class _Pause(Scenario):
     verb, commit, captures = Pause, "commit", True
     after = "paused"
-    # From `keep` on nobody asks the VMM for anything: the pause is done without it.
+    # Once all is copied nobody asks the VMM for anything: the pause is done without it.
     bereaved: ClassVar = {
-        "prepare": "failed", "freeze": "failed", "keep": "paused", "commit": "paused",
-        "release": "paused",
+        "prepare": "failed", "freeze": "failed", "freeze/copy.1": "paused",
+        "freeze/remove-fd.1": "paused", "keep": "paused", "commit": "paused", "release": "paused",
     }  # fmt: skip
 
     def call(self, ground: Ground, subject: Sandbox | None) -> object:

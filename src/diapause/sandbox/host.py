@@ -166,7 +166,12 @@ class Host:
             self.watch(lambda: thaw_if_nobody_owns(self, guest))
 
     def end(self, record: SandboxRecord, reason: str) -> None:
-        """The row of a guest whose VMM is gone: stopped by its own doing, or failed."""
+        """The row of a guest whose VMM is gone: stopped by its own doing, or failed.
+
+        What failed captures of that process kept for the next one goes: there will be none.
+        """
+        (self.home.buffers / f"{record.id}.unmerged").unlink(missing_ok=True)
+        (self.home.sandbox(record.id) / "capture.mark").unlink(missing_ok=True)
         if not reason.startswith("guest-") and self.driver.leaves.killed(record.id):
             reason = "the VMM was killed by its memory limit"
         record.process, record.root, record.reason = None, None, reason

@@ -161,7 +161,11 @@ class QemuMachine:
 
     def dirty_estimate(self, rule: Literal["private", "tracked", "compared"]) -> int:
         """Pages that would be captured now; nothing is stopped or re-armed."""
-        return self.ram.estimate(rule)
+        try:
+            return self.ram.estimate(rule)
+        except OSError as error:  # of its files in /proc: they go with it
+            cause = str(error) if self.alive() else "the VMM has ended"
+            raise VmmFailed(sandbox=self.sandbox, step="prepare", cause=cause) from error
 
     def freeze_and_capture(self, plan: FreezePlan) -> Frozen:
         """The frozen section; see `frozen.py`."""
