@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.framework.fake_home import eventually
@@ -24,8 +24,12 @@ CALLS = (
     "open,openat,creat,close,lseek,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,"
     "fallocate,copy_file_range,sendfile,ioctl,fsync,fdatasync,sync_file_range,syncfs,"
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,"
-    "sendto,sendmsg"
+    "sendto,sendmsg,"
+    "clone,clone3,fork,vfork,execve"  # which process it was
 )
+_FORKS = ("clone", "clone3", "fork", "vfork")
+_MAKE = (*_FORKS, "execve")
+_LAUNCHER = b"diapause-launch"  # what every VMM begins with
 _DATA_BYTES_MAX = 1 << 24
 _ATTACH_S = 60.0
 _LINE = re.compile(rb"^(\d+) +(.*)$")
@@ -43,6 +47,7 @@ class Call:
     arguments: tuple[bytes, ...]
     result: int
     result_path: str | None  # of a call that opened something
+    process: int = 0  # 0: the one that was recorded; others are its children
 
     def place(self, index: int) -> tuple[int | None, str]:
         """A descriptor argument: its number (None for the working directory) and its path."""
@@ -66,9 +71,9 @@ def recorded(pid: int) -> Iterator[list[Call]]:
     """Record a process with all its threads while the block runs; the list is filled at its end."""
     calls: list[Call] = []
     with tempfile.NamedTemporaryFile(prefix="dia-strace-") as out:
-        with _attached(pid, Path(out.name), []):
+        with _attached(pid, Path(out.name), []) as threads:
             yield calls
-        calls += parse(Path(out.name).read_bytes())
+        calls += parse(Path(out.name).read_bytes(), threads)
 
 
 @contextlib.contextmanager
@@ -81,14 +86,15 @@ def failing(pid: int, call: str, error: str, when: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _attached(pid: int, out: Path, more: list[str], calls: str = CALLS) -> Iterator[None]:
+def _attached(pid: int, out: Path, more: list[str], calls: str = CALLS) -> Iterator[set[int]]:
+    """Hold a process by the recorder while the block runs; the threads that it had then."""
     command = ["strace", "-f", "-y", "-xx", "-s", str(_DATA_BYTES_MAX), "-o", str(out)]
     tracer = subprocess.Popen(
         [*command, "-e", f"trace={calls}", *more, "-p", str(pid)], stderr=subprocess.PIPE
     )
     try:
         eventually("the recorder's hold", lambda: _all_traced(pid, tracer.pid), _ATTACH_S)
-        yield
+        yield {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
     finally:
         tracer.terminate()
         tracer.communicate(timeout=_ATTACH_S)
@@ -104,9 +110,22 @@ def _all_traced(pid: int, tracer: int) -> bool:
     return True
 
 
-def parse(log: bytes) -> list[Call]:
-    """The calls of a log that succeeded, in the order of their ends."""
-    calls: list[Call] = []
+def parse(log: bytes, threads: set[int]) -> list[Call]:
+    """The calls of a log that succeeded, in the order of their ends, of a process that had these
+    threads and of its children; not of VMMs."""
+    found = [
+        (thread, call) for thread, text in _whole(log) if (call := _parse_call(text)) is not None
+    ]
+    owners = _processes(found, threads)
+    return [
+        replace(call, process=owners[thread])
+        for thread, call in found
+        if thread in owners and call.name not in _MAKE
+    ]
+
+
+def _whole(log: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each call's thread and text, where others came in between put together again."""
     unfinished: dict[bytes, bytes] = {}
     for line in log.split(b"\n"):
         found = _LINE.match(line)
@@ -118,9 +137,24 @@ def parse(log: bytes) -> list[Call]:
             continue
         if (resumed := _RESUMED.match(text)) is not None:
             text = unfinished.pop(thread, b"") + resumed[2].lstrip()
-        if (call := _parse_call(text)) is not None:
-            calls.append(call)
-    return calls
+        yield int(thread), text
+
+
+def _processes(calls: list[tuple[int, Call]], threads: set[int]) -> dict[int, int]:
+    """The process of each thread that is the recorded one's or a child's.
+
+    Below a VMM processes have other names for each other: those are nobody's here.
+    """
+    owners, vmms = dict.fromkeys(threads, 0), set[int]()
+    for thread, call in calls:
+        if thread not in owners:
+            continue
+        if call.name == "execve" and _LAUNCHER in call.text(0):
+            vmms.add(owners[thread])
+        if call.name in _FORKS:
+            same = owners[thread] in vmms or any(b"CLONE_THREAD" in a for a in call.arguments)
+            owners[call.result] = owners[thread] if same else call.result
+    return {thread: owner for thread, owner in owners.items() if owner not in vmms}
 
 
 def _parse_call(text: bytes) -> Call | None:

@@ -113,3 +113,16 @@ def _stands(host: Host, guest: Guest) -> bool:
         if host.guests.get(guest.sandbox) is guest and guest.machine is not None:
             return guest.machine.alive() and guest.machine.status() == "paused"
     return False
+
+
+def close_later(host: Host, operation: str, outcome: str) -> None:
+    """Write the end of an operation that could not be written when it came; within a bound."""
+    deadline = time.monotonic() + RESCUE_S
+    while not host.closing and time.monotonic() < deadline:
+        try:
+            host.catalog.journal.end(operation, outcome)
+        except DiapauseError as error:
+            log.warning("the end of operation %s is not journaled yet: %s", operation, error)
+            time.sleep(_BETWEEN_S)
+        else:
+            return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diapause import operation
 from diapause.errors import DiapauseError
+from diapause.sandbox.rescue import close_later
 from diapause.store.boot import boot_id
 from diapause.store.files import unexpected_storage_error
 
@@ -75,7 +76,7 @@ class Verb:
             if error is not found:
                 raise error from found
             raise
-        journal.end(self.operation, "done")
+        self._close("done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
 
     def _take(self, step: str) -> None:
@@ -105,7 +106,15 @@ class Verb:
         if self.left_to_recovery:
             self.host.settle_later(self.sandbox)
             return
-        self.host.catalog.journal.end(self.operation, f"{step}: {code}")
+        self._close(f"{step}: {code}")
+
+    def _close(self, outcome: str) -> None:
+        """The journal's last word: what the verb did stands, whether that can be written or not."""
+        try:
+            self.host.catalog.journal.end(self.operation, outcome)
+        except DiapauseError as error:
+            log.warning("%s %s: its end is not journaled yet: %s", self.name, self.sandbox, error)
+            self.host.watch(lambda: close_later(self.host, self.operation, outcome))
 
     def _say(self, level: int, outcome: str, text: str, *values: object) -> None:
         """The end of this verb, once in the log and once in the metrics."""
