@@ -95,7 +95,7 @@ class Disk:
         self._root = str(root)
         self._numbers = 0
         self._foreign = foreign
-        self._positions: dict[int, int] = {}
+        self._positions: dict[tuple[int, int | None], int] = {}  # by process and descriptor
         self._moved: list[tuple[Directory, Directory, str, File | Directory]] = []
         self._inodes: dict[int, File] = {}
         self.stopped = False  # the VMM: from here on its files do not change
@@ -160,7 +160,7 @@ class Disk:
         return os.path.normpath(f"{call.place(place)[1]}/{path}")
 
     def _do_openat(self, call: Call) -> bool:
-        self._positions[call.result] = 0
+        self._positions[call.process, call.result] = 0
         assert call.result_path is not None
         flags = call.arguments[2]
         if b"O_CREAT" not in flags and b"O_TRUNC" not in flags:
@@ -179,15 +179,13 @@ class Disk:
 
     def _do_lseek(self, call: Call) -> bool:
         number, _ = call.place(0)
-        assert number is not None
-        self._positions[number] = call.result
+        self._positions[call.process, number] = call.result
         return False
 
     def _do_write(self, call: Call) -> bool:
         number, _ = call.place(0)
-        assert number is not None
-        at = self._positions.get(number, 0)
-        self._positions[number] = at + call.result
+        at = self._positions.get((call.process, number), 0)
+        self._positions[call.process, number] = at + call.result
         return self._write(self._target(call), at, call.text(1)[: call.result])
 
     def _do_pwrite64(self, call: Call) -> bool:

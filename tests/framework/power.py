@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from diapause.catalog import SandboxRecord, SnapshotRecord
+from diapause.model import CheckRequest, GcRequest
 from diapause.sandbox.engine import Engine
 from diapause.store import boot
 from diapause.store.home import Home
@@ -42,11 +43,17 @@ class Recording:
     begin: Path  # a copy of the home before it
     root: Path
     calls: list[Call]
-    answer: Any
-    promised_at: int  # the call by which the client was told
+    answers: list[Any]
+    promises: list[int]  # the calls by which the client was told, one for each answer
     begun_from: str = ""  # the snapshot that the sandbox had before
     foreign: dict[str, Path] = field(default_factory=dict)  # path in the home → its last content
     digests: dict[str, dict[str, str]] = field(default_factory=dict)  # snapshot → device → digest
+
+    @property
+    def answer(self) -> Any:
+        """Of the only verb."""
+        [found] = self.answers
+        return found
 
     def states(self) -> Iterator[tuple[int, str, State]]:
         """Every different state that a cut can leave: after which call, what was kept, the state.
@@ -61,7 +68,7 @@ class Recording:
             if is_stop(call):
                 disk.stopped = True
             changed = disk.apply(call)
-            if not changed and number != self.promised_at:
+            if not changed and number not in self.promises:
                 continue
             for data, names in VARIANTS:
                 state = disk.state(data, names)
@@ -70,13 +77,13 @@ class Recording:
 
     def without(self, *names: str) -> Recording:
         """The same recording as if these calls had not been made."""
-        calls = [call for call in self.calls if call.name not in names]
-        told = self.calls[self.promised_at]
-        return replace(self, calls=calls, promised_at=calls.index(told))
+        kept = [n for n, call in enumerate(self.calls) if call.name not in names]
+        promises = [kept.index(number) for number in self.promises]
+        return replace(self, calls=[self.calls[n] for n in kept], promises=promises)
 
-    def promised(self, number: int) -> bool:
-        """Whether the client had its answer when the power went after this call."""
-        return number >= self.promised_at
+    def promised(self, number: int) -> int:
+        """How many answers the client had when the power went after this call."""
+        return sum(number >= promise for promise in self.promises)
 
 
 def is_stop(call: Call) -> bool:
@@ -96,16 +103,17 @@ def _hexes(call: Call) -> list[bytes]:
     return [text.replace(b"\\x", b"") for text in joined.split(b'"')[1::2]]
 
 
+Act = tuple[Callable[[], Any], Callable[[Any], bytes]]
+
+
 @contextlib.contextmanager
 def recording(
-    daemon: Daemon,
-    act: Callable[[], Any],
-    said: Callable[[Any], bytes],
-    after: Callable[[], None] = lambda: None,
+    daemon: Daemon, *acts: Act, after: Callable[[], None] = lambda: None
 ) -> Iterator[Recording]:
-    """Record `act` and what goes on behind it until `after` returns.
+    """Record acts, one after the other, and what goes on behind them until `after` returns.
 
-    `said(answer)` is what the daemon's reply to the client holds and nothing before it does.
+    An act is what is done, and from its answer what the daemon's reply to the client holds and
+    nothing before it does.
     """
     home = daemon.home
     with tempfile.TemporaryDirectory(prefix="dia-cut-", dir=home.root.parent) as scratch:
@@ -115,10 +123,11 @@ def recording(
         foreign = _links_of_overlays(home, aside)
         subprocess.run(["cp", "-a", "--sparse=always", home.root, begin], check=True, timeout=300)
         with recorded(daemon.pid) as calls:
-            answer = act()
+            answers = [do() for do, _ in acts]
             after()
-        made = Recording(begin, home.root, calls, answer, 0, foreign=foreign)
-        made.promised_at = _promise(calls, said(answer))
+            daemon.client.snapshots()  # whoever takes this request has recorded the last reply
+        said = [say(answer) for (_, say), answer in zip(acts, answers, strict=True)]
+        made = Recording(begin, home.root, calls, answers, _promises(calls, said), foreign=foreign)
         made.digests = before | digests_of(daemon)
         yield made
         remove_closed(begin)
@@ -134,11 +143,18 @@ def _links_of_overlays(home: Home, aside: Path) -> dict[str, Path]:
     return found
 
 
-def _promise(calls: list[Call], said: bytes) -> int:
-    for number, call in enumerate(calls):
-        if call.name in ("sendto", "sendmsg") and said in _said(call):
-            return number
-    raise AssertionError(f"nothing in {len(calls)} calls says {said!r}")
+def _promises(calls: list[Call], said: list[bytes]) -> list[int]:
+    """The calls that told the client, in the order of the acts."""
+    found: list[int] = []
+    for words in said:
+        begin = found[-1] + 1 if found else 0
+        for number, call in enumerate(calls[begin:], begin):
+            if call.name in ("sendto", "sendmsg") and words in _said(call):
+                found.append(number)
+                break
+        else:
+            raise AssertionError(f"nothing in {len(calls)} calls says {words!r}")
+    return found
 
 
 # -- what a home offers ------------------------------------------------------------------------
@@ -200,6 +216,17 @@ class Opened:
     def settle(self) -> None:
         """Wait for what the engine began behind its opening."""
         self.host.behind("nothing", lambda: None).result(OPEN_S)
+
+    def damage(self) -> list[str]:
+        """What a check that reads everything finds."""
+        found = self.engine.check(CheckRequest()).damage
+        return [f"{one.blob}: {one.cause}" for one in found]
+
+    def collect(self) -> list[str]:
+        """Collect what nothing refers to; what is left of it."""
+        self.engine.gc(GcRequest(dry_run=False))
+        left = self.engine.gc(GcRequest(dry_run=True)).items
+        return [f"{item.kind} {item.name}" for item in left]
 
     def device_digests(self, snapshot: str) -> dict[str, str]:
         """Every device of a snapshot, read and verified."""

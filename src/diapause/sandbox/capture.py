@@ -237,6 +237,13 @@ class Capture(Verb):
             if sync:
                 fsync_path(self.files.directory)
                 fsync_path(self.files.directory.parent)
+                self._sync_overlays()
+
+    def _sync_overlays(self) -> None:
+        """What the guest syncs from now on reaches the next overlays: their names must be there."""
+        for name in self.next_overlays:
+            fsync_path(self.directory / name)
+        fsync_path(self.directory)
 
     def _keep_parent(self) -> None:
         """What this capture is over has to be on the disk as well: a fork's save may not be yet."""

@@ -80,6 +80,7 @@ class Start(Verb):
         for [name] in self.record.overlays:
             fsync_path(self.directory / name)
         fsync_path(self.directory)
+        fsync_path(self.directory.parent)  # of a new sandbox the directory is new as well
 
     def do_spawn(self) -> None:
         """The process; the row names it before it is given anything."""
@@ -158,7 +159,8 @@ class Start(Verb):
         record.error, record.reason = None, None
         record.tracker = self.guest.machine.tracked
         self.host.guests[record.id] = self.guest
-        self.host.catalog.put_sandbox(record)
+        # Synced: after a crash of the host it is this row that keeps what the guest synced.
+        self.host.catalog.put_sandbox(record, durable=True)
         self.host.parked.pop(record.id, None)  # only now: until then its sessions may still wait
 
     def captures(self) -> int:
