@@ -178,11 +178,58 @@ def check_blobs(blobs: list[tuple[str, str, str]], threads: int = 2) -> list[tup
     """Read blobs whole: (kind, path, what it has to be), on threads, in bounded memory.
 
     Kinds: ``build`` and its id, ``header`` or ``whole`` and the digest, ``flat`` and the path of
-    its sums. Returns the number of each that is not right, the cause, and whether it is missing.
+    its sums, ``capture`` and the file that it spilled to or nothing, ``read`` and nothing: that is
+    read to its end and compared with nothing. Returns the number of each that is not right, the
+    cause, and whether it is missing.
     """
 
-def sum_flat(flat: str, out: str, threads: int = 1) -> int:
-    """Write the digests of a flat file's chunks to the new file `out`; returns the bytes read."""
+@final
+class DeviceSums:
+    """The digests that a flat file of a device has to have."""
+
+    def write(self, out: str) -> None:
+        """Write them to the new file `out`; it is renamed into place, and not fsynced."""
+
+def sum_device(
+    header: str,
+    digest: str,
+    builds_dir: str,
+    base: tuple[str, str, str] | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> DeviceSums:
+    """Make them from the builds, every frame verified; no flat file is read.
+
+    `base` is (header, its digest, sums) of a relative: only chunks that the two headers map
+    differently are made anew.
+    """
+
+@final
+class RebuildResult:
+    """What a build was made again of."""
+
+    kept_frames: int
+    packed_frames: int
+    size_bytes: int
+
+def rebuild_build(
+    build_id: str,
+    sources: list[tuple[str, str, str, str | None]],
+    builds_dir: str,
+    tmp_dir: str,
+) -> RebuildResult:
+    """Make a damaged or missing build again, verified whole before it takes its place.
+
+    Its own frames that are right are kept. The pages of others come from `sources`: (header, its
+    digest, flat file, its sums or None). ``BlobDamaged`` where that is not enough: what was there
+    stays.
+    """
+
+def check_overlay(path: str, device_bytes: int, folding: bool = False) -> None:
+    """Refuse an overlay whose head names other files, or that is none of a device of that size.
+
+    While a disk is `folding` the head says what is below it. Raises ``BlobDamaged``.
+    """
 
 @final
 class HeaderDifference:

@@ -242,14 +242,28 @@ class Damage(Answer):
     repaired: str | None = None
 
 
+class CheckedKind(Answer):
+    """How a kind of file was checked, and how much of it. `digest`: every byte, against one kept
+    elsewhere; `compared`: with the catalog; `structure`: read, and what it says of itself parsed;
+    `read`: to its end, as nothing is known that it has to be."""
+
+    kind: str
+    how: Literal["digest", "compared", "structure", "read"]
+    count: int
+    bytes: int  # as allocated
+
+
 class CheckAnswer(Answer):
-    """What a check read and found. `recorded` flat files were given digests by this check; `stale`
-    ones are never used and are made again when they are needed; what is `unreferenced` is no
-    damage: gc frees it."""
+    """What a check read and found. `recorded` flat files had no digests and were given some, of the
+    builds, by this check; `unchecked` ones still have none, as their builds are damaged or not made
+    yet; `stale` ones are never used and are made again when they are needed; what is `unreferenced`
+    is no damage: gc frees it."""
 
     damage: list[Damage]
     blobs: int
+    kinds: list[CheckedKind] = []
     recorded: int = 0
+    unchecked: int = 0
     stale: int = 0
     unreferenced: list[GcItem] = []
 

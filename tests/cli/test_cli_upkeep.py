@@ -49,6 +49,10 @@ def test_check_exits_with_the_code_of_damage_unless_it_is_mended(place: FakeHome
     done = place.run("check", "--repair")
     assert done.returncode == 0
     assert b"made again" in done.stdout
+    assert [b"build", b"digest", b"2", b"8.0", b"KiB"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    assert b"1 flat files have none" in done.stderr
     assert b"0 left" in done.stderr
     assert b"1 files of nobody, 4.0 KiB" in done.stderr
 
@@ -64,7 +68,8 @@ def test_snapshots_are_compared_verified_and_shown_as_a_tree(place: FakeHome) ->
     place.sandbox()
     first, second, third = (place.json("snapshot", "save", "web")["snapshot"] for _ in range(3))
     assert place.json("snapshot", "verify", first) == {
-        "damage": [], "blobs": 3, "recorded": 0, "stale": 0, "unreferenced": [],
+        "damage": [], "blobs": 3, "kinds": [], "recorded": 0, "unchecked": 0, "stale": 0,
+        "unreferenced": [],
     }  # fmt: skip
     assert place.json("snapshot", "diff", first, second)["devices"][0]["extents"] == [[3, 2]]
     assert b"8.0 KiB" in place.run("snapshot", "diff", first, second).stdout

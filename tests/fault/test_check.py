@@ -51,7 +51,6 @@ def test_a_turned_bit_in_any_kind_of_file(daemon: Daemon, paused: tuple[Sandbox,
     guest, snapshot, digests = paused
     first = check(daemon)
     assert first.damage == []
-    assert first.recorded >= 2
     home, place = daemon.home, daemon.home.snapshot(snapshot)
     detail = daemon.client.inspect_snapshot(snapshot)
     parents = {

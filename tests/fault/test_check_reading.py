@@ -11,14 +11,14 @@ import pytest
 from diapause import _core, operation
 from diapause.errors import Cancelled
 from diapause.operation import Operation
-from diapause.sandbox.upkeep import check
-from diapause.sandbox.upkeep.check import Blobs
+from diapause.sandbox.upkeep import blobs as reading
+from diapause.sandbox.upkeep.blobs import Blobs
 
 
 @pytest.fixture
 def blobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Blobs:
     """Five files, of which the fourth is damaged; each is a piece of its own."""
-    monkeypatch.setattr(check, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 1)
     made = Blobs(cast("Any", SimpleNamespace(home=SimpleNamespace(root=tmp_path))))
     for number in range(5):
         path = tmp_path / f"blob-{number}"

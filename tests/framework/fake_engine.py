@@ -386,7 +386,10 @@ class FakeEngine:
         if request.repair:
             damage.repaired = "made again"
         item = model.GcItem(kind="build", name="b1", bytes=4096)
-        return model.CheckAnswer(damage=[damage], blobs=7, unreferenced=[item])
+        kind = model.CheckedKind(kind="build", how="digest", count=2, bytes=8192)
+        return model.CheckAnswer(
+            damage=[damage], blobs=7, kinds=[kind], unchecked=1, unreferenced=[item]
+        )
 
     def verify_snapshot(self, reference: str) -> model.CheckAnswer:
         self.inspect_snapshot(reference)

@@ -271,10 +271,26 @@ class _Repair(Makes):
     verb, commit = Repair, "rows"
     after = "gone"
 
+    def subject(self, ground: Ground) -> None:
+        """A build of the base is damaged, whose pages are in the base's flat files."""
+        with ground.guest().forked(ground.base):
+            pass
+        rows = {row.id: row for row in ground.daemon.client.snapshots()}
+        base = ground.daemon.client.inspect_snapshot(ground.base)
+        above = rows[base.parent].devices if base.parent in rows else []
+        older = {build for device in above for build in device.builds}
+        memory = next(device for device in base.devices if device.name == "memory")
+        build = next(one for one in memory.builds if one not in older)
+        with (ground.daemon.home.builds / build).open("r+b") as file:
+            file.seek(100)
+            file.write(b"not what it was")
+
     def call(self, ground: Ground, subject: Sandbox | None) -> object:
         return ground.daemon.client.check(CheckRequest(repair=True))
 
     def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
+        mended = ground.daemon.client.check(CheckRequest(repair=True)).damage
+        assert [damage.repaired is not None for damage in mended] in ([], [True])
         assert ground.daemon.client.check(CheckRequest()).damage == []
         with ground.guest().forked(ground.base) as fork:
             coupled.check(fork)

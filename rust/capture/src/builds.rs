@@ -69,6 +69,15 @@ impl OpenBuild {
         Ok(())
     }
 
+    /// The stored bytes of a frame where they are what the table says; None where they are not, or
+    /// can't be read.
+    pub(crate) fn stored_frame(&self, number: u64) -> Option<Vec<u8>> {
+        let entry = self.table.frame(number);
+        let mut stored = vec![0; entry.length as usize];
+        self.file.read_exact_at(&mut stored, entry.offset).ok()?;
+        (digest16(&stored) == entry.digest).then_some(stored)
+    }
+
     /// Reads frames `first..=last` with one read and decodes those that `wanted` says (bit 0:
     /// `first`) to their places in `into`, where `first` begins. Returns how many were decoded.
     ///

@@ -76,6 +76,11 @@ impl Fetcher {
         }
     }
 
+    /// Threads that it works on.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
     /// Frames verified so far.
     pub(crate) fn verified_frames(&self) -> u64 {
         self.verified_frames.load(Ordering::Relaxed)

@@ -25,8 +25,10 @@ use crate::threads::for_each_part;
 
 const MAGIC: &[u8; 8] = b"DIAPSUM\0";
 const VERSION: u32 = 1;
-const CHUNK_PAGES: u64 = 1024;
-const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE as u64;
+/// Pages of a chunk.
+pub(crate) const CHUNK_PAGES: u64 = 1024;
+/// Bytes of a chunk.
+pub(crate) const CHUNK_BYTES: u64 = CHUNK_PAGES * PAGE_SIZE as u64;
 const HEAD_LEN: usize = 32;
 const DIGEST_LEN: usize = 32;
 
@@ -47,6 +49,22 @@ pub struct FlatCheck {
 }
 
 impl FlatSums {
+    /// Digests that are known already, one for each chunk of so many pages.
+    pub(crate) fn new(page_count: u64, chunks: Vec<Digest>) -> Self {
+        assert_eq!(chunks.len() as u64, page_count.div_ceil(CHUNK_PAGES));
+        Self { page_count, chunks }
+    }
+
+    /// Pages of the device.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.page_count
+    }
+
+    /// The digest of each chunk.
+    pub(crate) fn chunks(&self) -> &[Digest] {
+        &self.chunks
+    }
+
     /// Computes the digests of the plain file at `path`. Returns them and the bytes read.
     ///
     /// # Errors
@@ -209,9 +227,27 @@ fn chunk_digest(
         }
         scratch.truncate(kept);
     }
+    Ok((digest_chunk(scratch, &numbers), read_bytes))
+}
+
+/// The digest of a chunk: of its pages that are not zero, and of their numbers, u16 each.
+pub(crate) fn digest_chunk(pages: &[u8], numbers: &[u8]) -> Digest {
     let mut hash = blake3::Hasher::new();
-    hash.update(scratch).update(&numbers);
-    Ok((*hash.finalize().as_bytes(), read_bytes))
+    hash.update(pages).update(numbers);
+    *hash.finalize().as_bytes()
+}
+
+/// The digest of a chunk that lies whole in memory, zero pages too.
+pub(crate) fn digest_pages(pages: &[u8], scratch: &mut Vec<u8>) -> Digest {
+    scratch.clear();
+    let mut numbers = Vec::new();
+    for (number, page) in (0u16..).zip(pages.chunks_exact(PAGE_SIZE)) {
+        if !is_zero(page) {
+            scratch.extend_from_slice(page);
+            numbers.extend(number.to_le_bytes());
+        }
+    }
+    digest_chunk(scratch, &numbers)
 }
 
 #[cfg(test)]

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use diapause_capture::check::{check, Blob};
-use diapause_capture::{Error, FlatSums, HeaderFile};
+use diapause_capture::overlay_head::check_overlay_head;
+use diapause_capture::{
+    rebuild, sum_device as digests_of, Error, FlatPages, FlatSums, HeaderFile, SummedBase,
+};
 use diapause_format::{Differ, Side};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -19,6 +22,11 @@ fn blob(kind: &str, path: PathBuf, known: &str) -> PyResult<Blob> {
         "header" => Ok(Blob::Header(path, parse_digest(known)?)),
         "whole" => Ok(Blob::Whole(path, parse_digest(known)?)),
         "flat" => Ok(Blob::Flat(path, PathBuf::from(known))),
+        "capture" => Ok(Blob::Capture(
+            path,
+            (!known.is_empty()).then(|| PathBuf::from(known)),
+        )),
+        "read" => Ok(Blob::Unsummed(path)),
         _ => Err(PyValueError::new_err(format!(
             "{kind:?} is no kind of blob"
         ))),
@@ -52,14 +60,98 @@ fn check_blobs(
     Ok(told.collect())
 }
 
+/// The digests that a flat file has to have.
+#[pyclass(name = "DeviceSums", module = "diapause._core", frozen)]
+struct PyDeviceSums(FlatSums);
+
+#[pymethods]
+impl PyDeviceSums {
+    fn write(&self, py: Python<'_>, out: PathBuf) -> PyResult<()> {
+        detached(py, || self.0.write(&out))
+    }
+}
+
 #[pyfunction]
-#[pyo3(signature = (flat, out, threads = 1))]
-fn sum_flat(py: Python<'_>, flat: PathBuf, out: PathBuf, threads: usize) -> PyResult<u64> {
-    detached(py, || {
-        let (sums, read_bytes) = FlatSums::of(&flat, threads)?;
-        sums.write(&out)?;
-        Ok(read_bytes)
+#[pyo3(signature = (header, digest, builds_dir, base = None, threads = 1, progress = None))]
+fn sum_device(
+    py: Python<'_>,
+    header: PathBuf,
+    digest: &str,
+    builds_dir: PathBuf,
+    base: Option<(PathBuf, String, PathBuf)>,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<PyDeviceSums> {
+    let digest = parse_digest(digest)?;
+    let base_digest = base.as_ref().map(|(_, digest, _)| parse_digest(digest));
+    let base_digest = base_digest.transpose()?;
+    let mut raised = None;
+    let mut tell = |done, total| {
+        let Some(tell) = &progress else { return true };
+        let told = Python::attach(|py| tell.call1(py, (done, total)));
+        raised = told.err();
+        raised.is_none()
+    };
+    let sums = detached(py, || {
+        let header = HeaderFile {
+            path: &header,
+            digest: &digest,
+        };
+        let old = match &base {
+            Some((_, _, sums)) => Some(FlatSums::read(sums)?),
+            None => None,
+        };
+        let base = match (&base, &base_digest, &old) {
+            (Some((path, _, _)), Some(digest), Some(sums)) => Some(SummedBase {
+                header: HeaderFile { path, digest },
+                sums,
+            }),
+            _ => None,
+        };
+        digests_of(header, &builds_dir, base, threads, &mut tell)
+    });
+    match raised {
+        Some(raised) => Err(raised),
+        None => Ok(PyDeviceSums(sums?)),
+    }
+}
+
+/// What a build was made again of.
+#[pyclass(name = "RebuildResult", module = "diapause._core", get_all, frozen)]
+struct PyRebuildResult {
+    kept_frames: u64,
+    packed_frames: u64,
+    size_bytes: u64,
+}
+
+#[pyfunction]
+fn rebuild_build(
+    py: Python<'_>,
+    build_id: &str,
+    sources: Vec<(PathBuf, String, PathBuf, Option<PathBuf>)>,
+    builds_dir: PathBuf,
+    tmp_dir: PathBuf,
+) -> PyResult<PyRebuildResult> {
+    let id = parse_digest(build_id)?;
+    let from = sources
+        .into_iter()
+        .map(|(header, digest, flat, sums)| {
+            let header = (header, parse_digest(&digest)?);
+            Ok(FlatPages { header, flat, sums })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    let made = detached(py, || rebuild(&id, &from, &builds_dir, &tmp_dir))?;
+    Ok(PyRebuildResult {
+        kept_frames: made.kept_frames,
+        packed_frames: made.packed_frames,
+        size_bytes: made.size_bytes,
     })
+}
+
+#[pyfunction]
+#[pyo3(signature = (path, device_bytes, folding = false))]
+fn check_overlay(py: Python<'_>, path: PathBuf, device_bytes: u64, folding: bool) -> PyResult<()> {
+    detached(py, || check_overlay_head(&path, device_bytes, folding))
 }
 
 /// What two headers of one device map differently.
@@ -137,6 +229,10 @@ fn header_difference(
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyHeaderDifference>()?;
     module.add_function(wrap_pyfunction!(check_blobs, module)?)?;
-    module.add_function(wrap_pyfunction!(sum_flat, module)?)?;
+    module.add_class::<PyDeviceSums>()?;
+    module.add_class::<PyRebuildResult>()?;
+    module.add_function(wrap_pyfunction!(sum_device, module)?)?;
+    module.add_function(wrap_pyfunction!(rebuild_build, module)?)?;
+    module.add_function(wrap_pyfunction!(check_overlay, module)?)?;
     module.add_function(wrap_pyfunction!(header_difference, module)?)
 }

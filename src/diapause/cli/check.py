@@ -49,9 +49,14 @@ def show(context: Context, answer: CheckAnswer) -> int:
             for one in answer.damage
         ]  # fmt: skip
         table(["blob", "cause", "snapshots", "sandboxes", "repaired"], rows)
+    if answer.kinds:
+        rows = [[row.kind, row.how, str(row.count), format_size(row.bytes)] for row in answer.kinds]
+        table(["kind", "checked by", "count", "size"], rows)
     say(f"{answer.blobs} blobs read, {len(answer.damage)} damaged, {len(left)} left so")
     if answer.recorded:
-        say(f"{answer.recorded} flat files were given digests: the next check verifies them")
+        say(f"{answer.recorded} flat files had no digests yet: they were made of the builds")
+    if answer.unchecked:
+        say(f"{answer.unchecked} flat files have none: their builds are damaged, or not made yet")
     if answer.stale:
         say(f"{answer.stale} flat files are of no use any more; they are made again when needed")
     if answer.unreferenced:

@@ -27,6 +27,7 @@ from diapause.sandbox.rescue import go_on_after_stall, thaw_if_nobody_owns
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
+from diapause.snapshot.sums import Digests
 from diapause.store.gate import Gate
 from diapause.store.reserve import Reserve
 from diapause.store.templates import Templates
@@ -67,6 +68,7 @@ class Host:
             SandboxLocks(),
         )
         self.flats = FlatStore(home, self.catalog, self.templates, self.leases, self.gate)
+        self.digests = Digests(home, self.catalog, self.leases, self.gate, self.flats)
         self.packer = Packer(
             home, self.catalog, self.templates, self.leases, self.flats, self.gate
         )  # fmt: skip
@@ -133,6 +135,7 @@ class Host:
         self.closing = True
         self._background.shutdown(wait=True, cancel_futures=True)
         self._beside.shutdown(wait=True)
+        self.digests.close()
         self._watch.shutdown(wait=False, cancel_futures=True)
         for guest in list(self.guests.values()):
             guest.cut("the daemon is stopping")

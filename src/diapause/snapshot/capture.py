@@ -12,6 +12,7 @@ behind for the next capture.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,13 +20,17 @@ from typing import TYPE_CHECKING
 from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing
 from diapause.limits import SUBPROCESS_S
-from diapause.units import pages
+from diapause.units import GIB, pages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from diapause.catalog import SnapshotRecord
     from diapause.store.home import Home
+
+
+_LEAKS = 3  # of `qemu-img check`
+_MEMORY_BYTES = 2 * GIB  # addresses of a `qemu-img`
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,43 @@ class CaptureFiles:
         return _core.PageSource.capture(str(self.memory))
 
     def _disk(self, overlay: Path, size_bytes: int) -> _core.PageSource:
-        return _core.PageSource.overlay(str(overlay), map_overlay(overlay), pages(size_bytes))
+        return open_overlay(overlay, size_bytes)
+
+
+def open_overlay(overlay: Path, size_bytes: int) -> _core.PageSource:
+    """The pages of an overlay of a disk of this size; its guest may be running.
+
+    Its VMM wrote it: its head is looked at before a tool opens what that names.
+    """
+    _core.check_overlay(str(overlay), size_bytes)
+    return _core.PageSource.overlay(str(overlay), map_overlay(overlay), pages(size_bytes))
 
 
 def map_overlay(overlay: Path) -> bytes:
-    """Which ranges an overlay holds, and at which offset of its file; its guest may be running."""
-    command = ["qemu-img", "map", "-U", "--output=json", "-f", "qcow2", str(overlay)]
+    """Which ranges an overlay holds, and at which offset of its file."""
+    return _qemu_img(overlay, "map", "-U", "--output=json", "-f", "qcow2", str(overlay))
+
+
+def check_structure(overlay: Path, size_bytes: int, *, folding: bool = False) -> None:
+    """Compare the tables of an overlay that nobody writes with each other.
+
+    Clusters that nobody uses are none of its damage: a killed VMM leaves some. The head of one that
+    may be `folding` may say what is below it, which is not opened. Raises BlobDamaged.
+    """
+    _core.check_overlay(str(overlay), size_bytes, folding)
+    file = {"driver": "file", "filename": str(overlay)}
+    alone = json.dumps({"driver": "qcow2", "backing": None, "file": file})
+    _qemu_img(overlay, "check", "-U", "-q", f"json:{alone}", sound=(0, _LEAKS))
+
+
+def _qemu_img(overlay: Path, *arguments: str, sound: tuple[int, ...] = (0,)) -> bytes:
+    """Run it, in bounded time and memory: what it reads may be made to take much of both."""
+    command = ["prlimit", f"--as={_MEMORY_BYTES}", "qemu-img", *arguments]
     blob = f"{overlay.parent.name}/{overlay.name}"
     try:
         done = subprocess.run(command, capture_output=True, timeout=SUBPROCESS_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BlobDamaged(blob=blob, cause=str(error)) from error
-    if done.returncode != 0:
+    if done.returncode not in sound:
         raise BlobDamaged(blob=blob, cause=done.stderr.decode(errors="replace").strip()[-500:])
     return done.stdout

@@ -35,7 +35,7 @@ from diapause.store.files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from diapause.catalog import Catalog, SnapshotRecord
@@ -90,23 +90,38 @@ class FlatStore:
         self._templates, self._leases = templates, leases
         self._lock = threading.Lock()
         self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self.on_made: Callable[[SnapshotRecord], object] = lambda record: None
 
     def ensure(self, record: SnapshotRecord) -> Flat:
         """The flat files of a snapshot, made now where they are missing; verified either way."""
-        with self._lock:
-            making = self._making[record.id]
-        with (
-            self._gate.publishing(),
-            _turn(making, record.id),
-            damage_by_place(self._catalog),
-        ):
+        with self._gate.publishing(), self.turn(record.id), damage_by_place(self._catalog):
             if self._catalog.snapshot(record.id) is None:  # only now: gc may have been here
                 raise SnapshotNotFound(reference=record.id, candidates="others")
             self._verify_small(record)
             if (found := self._usable(record)) is not None:
                 return found
             with storage_errors(f"flat files of {record.id}", self._home.flat):
-                return self._make(record)
+                made = self._make(record)
+        self.on_made(record)
+        return made
+
+    @contextmanager
+    def turn(self, snapshot: str) -> Iterator[None]:
+        """Nobody else writes into a snapshot's flat directory while the block runs."""
+        with self._lock:
+            making = self._making[snapshot]
+        with _turn(making, snapshot):
+            yield
+
+    def packed(self, record: SnapshotRecord) -> None:
+        """A snapshot was packed, which may have had flat files before."""
+        if self._home.flat_of(record.id).exists():
+            self.on_made(record)
+
+    def drop(self, snapshot: str) -> None:
+        """Remove a snapshot's flat files, which no process maps."""
+        with self.turn(snapshot):
+            remove_tree(self._home.flat_of(snapshot))
 
     def _verify_small(self, record: SnapshotRecord) -> None:
         """The manifest and the device state, whole, each time."""
@@ -138,15 +153,17 @@ class FlatStore:
             replace_file(known_path, msgspec.json.encode(fresh), self._home.tmp, sync=False)
         return Flat({name: place / name for name in known.files}, made=False)
 
-    def known_files(self, snapshot: str) -> list[str] | None:
-        """The flat files of a snapshot as they were verified; None where they may not be used."""
-        place = self._home.flat_of(snapshot)
+    def of_this_boot(self, snapshot: str) -> bool:
+        """Whether the flat files of a snapshot were made since the host started.
+
+        Others are never used: a crash of the host may have torn them.
+        """
+        path = self._home.flat_of(snapshot) / "flat.json"
         try:
-            known = msgspec.json.decode((place / "flat.json").read_bytes(), type=_Record)
+            known = msgspec.json.decode(path.read_bytes(), type=_Record)
         except (msgspec.DecodeError, FileNotFoundError):
-            return None
-        touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
-        return None if touched or known.boot_id != boot_id() else list(known.files)
+            return False
+        return known.boot_id == boot_id()
 
     def _verify_touched(self, record: SnapshotRecord, known: _Record) -> _Record:
         """Read again, whole, every blob that is not as it was when the flat files were made."""

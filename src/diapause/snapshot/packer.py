@@ -64,6 +64,7 @@ class Packer:
         with storage_errors(f"snapshot {snapshot_id}", self._home.root):
             packed = self._pack(record)
         self._leases.retire(snapshot_id, lambda: self._remove_capture(snapshot_id))
+        self._flats.packed(packed)
         return packed
 
     def _pack(self, record: SnapshotRecord) -> SnapshotRecord:

@@ -90,6 +90,7 @@ class Templates:
         fresh.mkdir(mode=0o700)
         try:
             digest = make(fresh, size_bytes)
+            self._sum(fresh, digest)
             data = msgspec.json.encode(_Template(digest))
             write_file(fresh / "template.json", data, sync=True)
             fsync_path(fresh)
@@ -97,6 +98,13 @@ class Templates:
             fsync_path(place.parent)
         finally:
             remove_tree(fresh)
+
+    def _sum(self, fresh: Path, digest: str) -> None:
+        """What the flat file has to hold, of the builds it was made from."""
+        [header] = fresh.glob("*.header")
+        sums = header.with_suffix(".sums")
+        _core.sum_device(str(header), digest, str(self._home.builds)).write(str(sums))
+        fsync_path(sums)
 
     def _make_disk(self, fresh: Path, size_bytes: int) -> str:
         """mkfs, then packed and materialized again: the flat file is as sparse as can be."""

@@ -1,88 +1,41 @@
 """check: reads what a home holds, and names what is damaged and whom that costs.
 
-What is read: builds, headers, manifests and device states of every snapshot, flat files against
-their digests, templates, images, the catalog. The pages of a capture that is not packed yet are
-verified when it is packed or resumed; here its device state is. What nothing refers to is no
-damage: it is listed, as `gc` would free it.
+What is read: builds, headers, manifests and device states of every snapshot, captures that are not
+packed, disks of sandboxes, flat files against their digests, templates, images, the catalog. What
+nothing refers to is no damage: it is listed, as `gc` would free it.
 
 The gate is held, which keeps out `gc` alone: captures and packing go on beside it.
 
-A flat file of this boot that nobody touched and that has no digests yet is given them: it was
-verified when it was made, and from now on it is by itself.
+A flat file that has no digests yet is given some, of the builds that it was made from, and is then
+compared with them as the others are.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from diapause import _core, operation
-from diapause.errors import DiapauseError
+from diapause.errors import BlobDamaged, BlobMissing, DiapauseError
 from diapause.guest import images
 from diapause.limits import MANIFEST_BYTES_MAX
 from diapause.model import CheckAnswer, Damage
-from diapause.sandbox.upkeep import world
+from diapause.sandbox.upkeep import unpacked, world
+from diapause.sandbox.upkeep.blobs import Blobs, threads
 from diapause.sandbox.upkeep.collect import Found
 from diapause.sandbox.upkeep.garbage import is_removed
+from diapause.snapshot.capture import check_structure
 from diapause.snapshot.manifest import manifest_bytes
-from diapause.store.files import allocated_bytes, read_file
-from diapause.units import MIB, pages
+from diapause.store.files import read_file
+from diapause.units import pages
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.sandbox.host import Host
-
-_THREADS_MAX = 8
-_BATCH_BYTES = 256 * MIB  # between two looks whether it was cancelled
-
-
-@dataclass
-class Blobs:
-    """What is to be read, with the snapshots that each blob costs."""
-
-    host: Host
-    jobs: list[tuple[str, str, str]] = field(default_factory=list)
-    costs: list[list[str]] = field(default_factory=list)
-    damage: list[Damage] = field(default_factory=list)
-    recorded: int = 0
-    stale: int = 0
-
-    def add(self, kind: str, path: Path, known: str, costs: list[str]) -> None:
-        """Read one, of a kind of `_core.check_blobs`, and compare it with what is known."""
-        self.jobs.append((kind, str(path), known))
-        self.costs.append(costs)
-
-    def found(self, path: Path, cause: str, costs: list[str], *, missing: bool = False) -> None:
-        """Note damage that was seen at once."""
-        blob = str(path.relative_to(self.host.home.root))
-        self.damage.append(Damage(blob=blob, cause=cause, missing=missing, snapshots=costs))
-
-    def read(self) -> None:
-        """Read all of them and note what is not what it has to be; can be cancelled in between."""
-        sizes = [allocated_bytes(Path(path)) for _, path, _ in self.jobs]
-        total, first, done = sum(sizes), 0, 0
-        while first < len(self.jobs):
-            operation.checkpoint()
-            operation.progress(done, total, "reading")
-            end, size = first, 0
-            while end < len(self.jobs) and size < _BATCH_BYTES:
-                size += sizes[end]
-                end += 1
-            self._read(first, end)
-            first, done = end, done + size
-        operation.progress(total, total, "reading")
-
-    def _read(self, first: int, end: int) -> None:
-        threads = min(len(os.sched_getaffinity(0)), _THREADS_MAX)
-        root = self.host.home.root
-        for at, cause, missing in _core.check_blobs(self.jobs[first:end], threads):
-            blob = os.path.relpath(self.jobs[first + at][1], root)
-            costs = self.costs[first + at]
-            self.damage.append(Damage(blob=blob, cause=cause, missing=missing, snapshots=costs))
 
 
 def check(host: Host, only: SnapshotRecord | None = None) -> CheckAnswer:
@@ -96,17 +49,20 @@ def check(host: Host, only: SnapshotRecord | None = None) -> CheckAnswer:
             operation.checkpoint()
             _add_flats(blobs, record)
         if only is None:
+            for sandbox in sandboxes:
+                unpacked.add_disks(blobs, sandbox)
             _add_templates(blobs)
             _check_images(blobs)
             _check_catalog(blobs)
         blobs.read()
         _read_packed(blobs, wanted)
+        unpacked.still_there(blobs, sandboxes)
         unreferenced = [] if only else [item for item, _ in Found(host, world.look(host)).items]
     for damage in blobs.damage:
-        damage.sandboxes = _users(damage, sandboxes)
+        damage.sandboxes += _users(damage, sandboxes)
     return CheckAnswer(
-        damage=blobs.damage, blobs=len(blobs.jobs), recorded=blobs.recorded, stale=blobs.stale,
-        unreferenced=unreferenced,
+        damage=blobs.damage, blobs=len(blobs.jobs), kinds=blobs.kinds(), recorded=blobs.recorded,
+        unchecked=blobs.unchecked, stale=blobs.stale, unreferenced=unreferenced,
     )  # fmt: skip
 
 
@@ -119,8 +75,8 @@ def _read_packed(blobs: Blobs, wanted: list[SnapshotRecord]) -> None:
     again = Blobs(blobs.host)
     _add_snapshots(again, packed, rows)
     again.read()
-    blobs.damage = [one for one in blobs.damage if not one.blob.startswith(gone)] + again.damage
-    blobs.jobs += again.jobs
+    blobs.damage = [one for one in blobs.damage if not one.blob.startswith(gone)]
+    blobs.merge(again)
 
 
 def _users(damage: Damage, sandboxes: list[SandboxRecord]) -> list[str]:
@@ -138,30 +94,49 @@ def _users(damage: Damage, sandboxes: list[SandboxRecord]) -> list[str]:
 def _add_snapshots(
     blobs: Blobs, wanted: list[SnapshotRecord], snapshots: list[SnapshotRecord]
 ) -> None:
-    users: dict[str, list[str]] = {}
+    rows = {record.id: record for record in snapshots}
+    builds, captures = dict[str, list[str]](), dict[str, list[str]]()
     for record in snapshots:
-        if is_removed(record):
-            continue
-        for build in {build for device in record.devices for build in device.builds}:
-            users.setdefault(build, []).append(record.id)
-    home, builds = blobs.host.home, set[str]()
+        for one in _stands_on(record, rows):
+            needs = captures.setdefault(one.id, []) if one.state == "captured" else None
+            if is_removed(record):
+                continue
+            if needs is not None:
+                needs.append(record.id)
+                continue
+            for build in {build for device in one.devices for build in device.builds}:
+                builds.setdefault(build, []).append(record.id)
+    home, own = blobs.host.home, set[str]()
     for record in wanted:
         captured = record.state == "captured"
         place = home.capture(record.id) if captured else home.snapshot(record.id)
         costs = [record.id]
-        blobs.add("whole", place / "device-state", record.state_digest, costs)
-        builds |= {build for device in record.devices for build in device.builds}
+        blobs.add(
+            "whole", place / "device-state", record.state_digest, costs, called="device state"
+        )
+        own |= {build for device in record.devices for build in device.builds}
         if captured:
+            unpacked.add_capture(blobs, record, captures[record.id])
             continue
         for device in record.devices:
             blobs.add("header", place / f"{device.name}.header", device.header_digest, costs)
         _check_manifest(blobs, record)
-    for build in sorted(builds):
-        blobs.add("build", home.builds / build, build, users.get(build, []))
+    for build in sorted(own):
+        blobs.add("build", home.builds / build, build, builds.get(build, []))
+
+
+def _stands_on(record: SnapshotRecord, rows: dict[str, SnapshotRecord]) -> list[SnapshotRecord]:
+    """The snapshot, and where it is not packed those that its pages are over, down to a packed."""
+    found = [record]
+    while record.state == "captured" and record.parent in rows:
+        record = rows[record.parent]
+        found.append(record)
+    return found
 
 
 def _check_manifest(blobs: Blobs, record: SnapshotRecord) -> None:
     path = blobs.host.home.snapshot(record.id) / "manifest.json"
+    blobs.count("manifest", "compared", path)
     try:
         data = read_file(path, str(path), MANIFEST_BYTES_MAX)
     except DiapauseError as error:
@@ -178,21 +153,24 @@ def _check_manifest(blobs: Blobs, record: SnapshotRecord) -> None:
 
 def _add_flats(blobs: Blobs, record: SnapshotRecord) -> None:
     """A flat file costs nobody a snapshot: it is made again, unless a guest runs on it."""
-    place = blobs.host.home.flat_of(record.id)
+    host = blobs.host
+    place = host.home.flat_of(record.id)
     if not place.exists():
         return
-    known = blobs.host.flats.known_files(record.id)
+    if not host.flats.of_this_boot(record.id):
+        blobs.stale += len(record.devices)  # never used, made again when needed
+        return
+    if record.state == "packed":  # a build that is damaged is found by itself
+        with contextlib.suppress(BlobDamaged, BlobMissing):
+            blobs.recorded += host.digests.make(
+                record, threads(), lambda *_: operation.checkpoint()
+            )
     for device in record.devices:
-        path, sums = place / device.name, place / f"{device.name}.sums"
+        flat, sums = place / device.name, place / f"{device.name}.sums"
         if sums.exists():
-            blobs.add("flat", path, str(sums), [])
-        elif known is None:
-            blobs.stale += 1  # touched, or of another boot: never used, made again when needed
+            blobs.add("flat", flat, str(sums), [], called="flat file")
         else:
-            _core.sum_flat(str(path), str(sums))
-            if blobs.host.flats.known_files(record.id) is None:
-                sums.unlink(missing_ok=True)
-            blobs.recorded += 1
+            blobs.unchecked += 1
 
 
 class _Template(msgspec.Struct):
@@ -202,31 +180,56 @@ class _Template(msgspec.Struct):
 def _add_templates(blobs: Blobs) -> None:
     for place in sorted(blobs.host.home.templates.iterdir()):
         kind, _, size = place.name.partition("-")
-        if kind not in ("ext4", "memory"):
+        if kind == "overlay":
+            _add_empty_overlay(blobs, place, int(size))
             continue
         device = "memory" if kind == "memory" else "disk0"
+        header, flat, sums = (place / f"{device}{end}" for end in (".header", "", ".sums"))
         try:
             data = read_file(place / "template.json", place.name, MANIFEST_BYTES_MAX)
             digest = msgspec.json.decode(data, type=_Template).digest
         except (DiapauseError, msgspec.DecodeError, OSError) as error:
             blobs.found(place / "template.json", str(error), [])
             continue
-        blobs.add("header", place / f"{device}.header", digest, [])
-        flat = place / device
-        if not flat.exists() or flat.stat().st_size != pages(int(size)) * _core.PAGE_SIZE:
+        blobs.add("header", header, digest, [])
+        _add_builds_of_template(blobs, header, digest)
+        size_bytes = pages(int(size.rpartition("-")[2])) * _core.PAGE_SIZE
+        if not flat.exists() or flat.stat().st_size != size_bytes:
             blobs.found(flat, "it is missing or of another size", [], missing=not flat.exists())
             continue
-        sums = place / f"{device}.sums"
+        if not sums.exists():  # of an older Diapause
+            with contextlib.suppress(BlobDamaged, BlobMissing):
+                builds = str(blobs.host.home.builds)
+                _core.sum_device(str(header), digest, builds).write(str(sums))
+                blobs.recorded += 1
         if sums.exists():
-            blobs.add("flat", flat, str(sums), [])
+            blobs.add("flat", flat, str(sums), [], called="template")
         else:
-            _core.sum_flat(str(flat), str(sums))
-            blobs.recorded += 1
+            blobs.unchecked += 1
+
+
+def _add_builds_of_template(blobs: Blobs, header: Path, digest: str) -> None:
+    """Those that no snapshot needs: what is captured of a guest that began here is over them."""
+    known = {job.blob for job in blobs.jobs}
+    with contextlib.suppress(DiapauseError):  # a header that is damaged is found by itself
+        for build, _ in _core.header_info(str(header), digest).builds:
+            if f"builds/{build}" not in known:
+                blobs.add("build", blobs.host.home.builds / build, build, [])
+
+
+def _add_empty_overlay(blobs: Blobs, place: Path, size_bytes: int) -> None:
+    try:
+        check_structure(place, size_bytes)
+    except DiapauseError as error:
+        blobs.found(place, str(error.fields.get("cause", error)), [])
+        return
+    blobs.add("read", place, "", [], called="template", how="structure")
 
 
 def _check_images(blobs: Blobs) -> None:
     home = blobs.host.home
     for name in images.names(home):
+        blobs.count("image", "digest", home.image(name))
         try:
             images.open_image(home.image(name)).verify()
         except DiapauseError as error:
@@ -236,5 +239,6 @@ def _check_images(blobs: Blobs) -> None:
 
 def _check_catalog(blobs: Blobs) -> None:
     home = blobs.host.home
+    blobs.count("catalog", "structure", home.catalog)
     for line in blobs.host.catalog.integrity():
         blobs.found(home.catalog, line, [])

@@ -1,25 +1,30 @@
 """check --repair: what can be made again is, and what can't is said in the rows.
 
     check      read everything
+    builds     a damaged build is packed again from flat files that have its pages
     files      damaged flat files and digests are dropped and made again; manifests are written anew
     rows       a snapshot that lacks anything else becomes failed, with the blob's name
 
-A snapshot that failed keeps its files: whoever brings the blob back from another copy can still
-read it. A kill at any step leaves damage that the next check finds.
+A build is named by what it holds, so one that was made again is that build or gets no name. A
+snapshot that failed keeps its files: whoever brings the blob back from another copy can still read
+it. A kill at any step leaves damage that the next check finds.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from diapause.errors import BlobDamaged, DiapauseError
+from diapause import _core
+from diapause.errors import BlobDamaged, BlobMissing, DiapauseError
 from diapause.sandbox.upkeep import world
 from diapause.sandbox.upkeep.check import check
+from diapause.sandbox.upkeep.spare import sources_of
 from diapause.sandbox.verb import Verb
 from diapause.snapshot.manifest import manifest_bytes
-from diapause.store.files import remove_tree, replace_file, storage_errors
+from diapause.store.files import replace_file, storage_errors
 
 if TYPE_CHECKING:
     from diapause.catalog import SnapshotRecord
@@ -31,8 +36,8 @@ class Repair(Verb):
     """One check that mends; it belongs to no sandbox."""
 
     name = "repair"
-    steps: ClassVar[tuple[str, ...]] = ("check", "files", "rows")
-    sure_from: ClassVar[str] = "files"
+    steps: ClassVar[tuple[str, ...]] = ("check", "builds", "files", "rows")
+    sure_from: ClassVar[str] = "builds"
 
     def __init__(self, host: Host) -> None:
         super().__init__(host, "")
@@ -41,6 +46,25 @@ class Repair(Verb):
     def do_check(self) -> None:
         """Read everything."""
         self.found = check(self.host)
+
+    def do_builds(self) -> None:
+        """Before the flat files that are made of them."""
+        with self.host.gate.publishing():
+            for damage in self.found.damage:
+                if damage.blob.startswith("builds/"):
+                    damage.repaired = self._build(damage)
+
+    def _build(self, damage: Damage) -> str | None:
+        """Packed again where enough of its pages lie elsewhere; the cause says so where not."""
+        build, home = damage.blob.removeprefix("builds/"), self.host.home
+        sources = sources_of(self.host, build)
+        try:
+            made = _core.rebuild_build(build, sources, str(home.builds), str(home.tmp))
+        except (BlobDamaged, BlobMissing) as error:
+            damage.cause += f"; it can't be made again: {error.fields.get('cause', error)}"
+            return None
+        names = ", ".join(str(Path(flat).relative_to(home.root)) for _, _, flat, _ in sources)
+        return f"{made.packed_frames} frames packed again from {names or 'what is left of it'}"
 
     def do_files(self) -> None:
         """What can be made from what is whole."""
@@ -58,7 +82,7 @@ class Repair(Verb):
         held = world.held_inodes(self.host.driver.all_processes())
         if held is None or world.inodes_in(place) & held:
             return None
-        remove_tree(place)
+        self.host.flats.drop(snapshot)
         if record is None:
             return "dropped"
         try:

@@ -55,7 +55,7 @@ def look(host: Host) -> World:
 def _builds_of(home: Home, template: str, builds: frozenset[str]) -> frozenset[str]:
     """The builds that a template's header maps to; all of them where it can't be read."""
     kind = template.partition("-")[0]
-    if kind not in ("ext4", "memory"):
+    if kind == "overlay":
         return frozenset()
     place = home.templates / template
     header = place / ("memory.header" if kind == "memory" else "disk0.header")
