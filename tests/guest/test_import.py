@@ -12,6 +12,8 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,10 @@ from diapause.operation import Operation, under
 from diapause.store.home import Home
 from diapause.units import MIB
 from tests.framework import roots
+from tests.framework.other_user import NOBODY, python_as_nobody, remove_what_nobody_left
 from tests.framework.roots import Disk, archive, entry
+from tests.framework.sandbox import remove_closed
+from tests.framework.sources import ROOT
 
 PATIENCE_S = 120.0
 
@@ -274,17 +279,56 @@ def test_links_in_the_tree_lead_nowhere_on_the_host(importer: Importer) -> None:
     assert list(outside.iterdir()) == []
 
 
-def test_an_ordinary_user_imports_what_is_roots(
-    importer: Importer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a right of its own: everything is root's, but what the archive gives to others."""
-    monkeypatch.setattr("diapause.guest.roots.os.geteuid", lambda: 1000)
-    tree = importer.tree()
-    if os.getuid() == 0:
-        for path in (tree / "etc", tree / "etc/hostname"):
-            os.chown(path, 1000, 1000)
-    disk = importer.disk(tree)
+_AS_NOBODY = """
+import sys
+from diapause.guest.imports import import_image
+from diapause.model import ImageImportRequest
+from diapause.store.home import Home
+place = sys.argv[1]
+for name, rootfs in (("tar", "/root.tar"), ("tree", "/tree")):
+    request = ImageImportRequest(name=name, kernel=place + "/vmlinuz", rootfs=place + rootfs)
+    import_image(Home.at(place + "/h"), request, print)
+"""
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that everybody can reach."""
+    made = Path(tempfile.mkdtemp(prefix="dia-"))
+    made.chmod(0o755)
+    yield made
+    remove_what_nobody_left(Home.at(made / "h"))
+    remove_closed(made)
+
+
+def test_an_ordinary_user_imports_what_is_roots(open_place: Path) -> None:
+    """Without a right: an archive's owners and devices, and a tree that becomes root's."""
+    user = NOBODY if os.geteuid() == 0 else os.geteuid()
+    home = Home.at(open_place / "h").create()
+    home.buffers.rmdir()
+    (open_place / "vmlinuz").write_bytes(roots.kernel())
+    (open_place / "root.tar").write_bytes(archive(*ENTRIES))
+    (open_place / "tree/etc").mkdir(parents=True)
+    (open_place / "tree/etc/hostname").write_text("small\n")
+    if os.geteuid() == 0:
+        for path in [*home.root.rglob("*"), home.root, *(open_place / "tree").rglob("*")]:
+            os.chown(path, user, user)
+    (open_place / "b").mkdir()
+    done = subprocess.run(
+        python_as_nobody(open_place / "b", "-c", _AS_NOBODY, str(open_place)),
+        capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    disk = Disk(home.image("tar") / images.ROOT_DISK)
+    disk.whole()
+    assert (disk.stat("/bin/su").mode, disk.stat("/bin/su").uid) == (0o4755, 0)
+    assert (disk.stat("/etc/shadow").uid, disk.stat("/etc/shadow").gid) == (0, 42)
+    assert (disk.stat("/srv/ann/notes").uid, disk.stat("/srv/ann/notes").gid) == (1000, 100_000)
+    assert (disk.stat("/dev/null").kind, disk.stat("/dev/null").uid) == ("character special", 0)
+    disk = Disk(home.image("tree") / images.ROOT_DISK)
+    disk.whole()
     assert (disk.stat("/etc").uid, disk.stat("/etc/hostname").gid) == (0, 0)
+    assert disk.stat("/").uid == 0
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from diapause.errors import DiapauseError
+from diapause.guest.debian import make_tree
 from diapause.guest.images import Image
+from diapause.guest.steps import ImageBuild
 from diapause.model import ImageImportRequest
-from diapause.units import MIB
+from diapause.units import GIB, MIB
 from tests.framework import roots
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import Daemon, Sandbox, real_home
@@ -22,6 +24,7 @@ from tests.framework.sandbox import Daemon, Sandbox, real_home
 pytestmark = pytest.mark.vm
 
 DISK_BYTES = 256 * MIB
+BOOT_S = 300.0  # of a distribution, under an emulated processor
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,35 @@ def test_a_kernel_without_drivers_is_one_clear_error(daemon: Daemon, tmp_path: P
         run(daemon, "bare")
     assert "no driver for virtio-blk" in str(caught.value.fields.get("console"))
     assert len(daemon.client.sandboxes(everything=True)) == before
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("package", "name"), [("systemd-sysv", "systemd"), ("sysvinit-core,initscripts", "init")]
+)
+def test_a_debian_with_its_own_init(
+    daemon: Daemon, tmp_path: Path, package: str, name: str
+) -> None:
+    """A whole distribution comes up beside the agent, and goes on after a pause."""
+    tree = tmp_path / "tree"
+    make_tree(ImageBuild(name, tmp_path, print), tree, tuple(package.split(",")))
+    bring(daemon, name, tree)
+    guest = daemon.run(image=name, memory_bytes=512 * MIB, disk_bytes=1 * GIB)
+    assert guest.sh("cat /proc/1/comm").strip() == name
+    if name == "systemd":
+
+        def is_up() -> bool:
+            said = guest.exec("systemctl", "is-system-running").stdout.decode().strip()
+            return said in ("running", "degraded")
+
+        eventually("the end of its start", is_up, BOOT_S)
+        assert "multi-user.target" in guest.sh("systemctl list-units --type=target --no-legend")
+    else:
+        eventually(
+            "its run level", lambda: guest.exec("runlevel").stdout.split()[-1:] == [b"2"], BOOT_S
+        )
+    before = guest.sh("cat /proc/sys/kernel/random/boot_id")
+    guest.pause()
+    assert guest.resume().warm
+    assert guest.sh("cat /proc/sys/kernel/random/boot_id") == before
+    guest.remove()
