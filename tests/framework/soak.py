@@ -61,6 +61,7 @@ class Slot:
         self.daemon, self.tally, self.random = daemon, tally, random.Random(seed)
         self._number = 0
         self.files = ""  # the digests of the guest's files; "" while nobody knows
+        self.either: tuple[str, ...] = ()  # what they are one of, after a restore without an answer
         self.snapshots: dict[str, str] = {}  # answered for, oldest first; what their files hold
         self.vmm_killed = threading.Event()
         self.guest = self._first(source)
@@ -75,7 +76,9 @@ class Slot:
     def round(self) -> None:
         """Something at random, and a look at what it left."""
         if not self.files:
-            self._attempt("rewrite", self._rewrite)
+            unknown = ("recognise", self._recognise) if self.either else ("rewrite", self._rewrite)
+            if not self._attempt(*unknown):
+                self._settle()
             return
         name, verb = self.random.choices(list(self._verbs), list(self._weights))[0]
         if not self._attempt(name, verb):
@@ -126,14 +129,17 @@ class Slot:
     def _rewrite(self) -> None:
         """Fresh files, in memory and on disk; a shell that was cut still writes those before."""
         self._ask()
-        self.files, self._number = "", self._number + 1
+        self.files, self.either, self._number = "", (), self._number + 1
         memory, disk = f"/tmp/p{self._number}", f"/data/p{self._number}"
         self.files = self.guest.sh(
             f"cat >{memory}; cp {memory} {disk}; sync; sha256sum {memory} {disk}",
             given=os.urandom(_PATTERN_KIB * KIB),
         )
-        others = f"find /tmp /data -name 'p[0-9]*' ! -name p{self._number} -exec rm {{}} +"
-        self.guest.sh(others)
+        # Only older ones: a command whose stream was cut goes on, beside the next rewrite too.
+        self.guest.sh(
+            "for f in /tmp/p[0-9]* /data/p[0-9]*; do"
+            f' [ "${{f##*/p}}" -ge {self._number} ] || rm -f "$f"; done'
+        )
 
     def _look(self) -> None:
         self._ask()
@@ -141,11 +147,15 @@ class Slot:
         self.guest.counted()
 
     def _same(self, guest: Sandbox, files: str) -> None:
-        names = " ".join(line.split()[1] for line in files.splitlines())
-        found = guest.sh(f"echo 3 >/proc/sys/vm/drop_caches; sha256sum {names}")
+        found = self._digests(guest, files)
         if found != files:
             raise Wrong(f"{guest.id} holds {found!r}, not {files!r}")
         self.tally.add("patterns compared")
+
+    def _digests(self, guest: Sandbox, files: str) -> str:
+        names = " ".join(line.split()[1] for line in files.splitlines())
+        script = f"echo 3 >/proc/sys/vm/drop_caches; sha256sum {names} || ls -l /tmp /data"
+        return guest.sh(script)
 
     def _save(self) -> None:
         durability = self.random.choice(["process", "disk"])
@@ -178,9 +188,20 @@ class Slot:
             return
         snapshot = self.random.choice(list(self.snapshots))
         request = RestoreRequest(snapshot=snapshot, discard=True)
+        self.either, self.files = (self.files, self.snapshots[snapshot]), ""
         self.daemon.client.restore(self.guest.id, request)
-        self.files = self.snapshots[snapshot]
+        self.files, self.either = self.snapshots[snapshot], ()
         self._look()
+
+    def _recognise(self) -> None:
+        """After a restore without an answer: as before it or as at the snapshot, nothing else."""
+        self._ask()
+        for files in self.either:
+            if self._digests(self.guest, files) == files:
+                self.files, self.either = files, ()
+                self.tally.add("patterns compared")
+                return
+        raise Wrong(f"{self.guest.id} holds none of {self.either!r}")
 
     def _forget(self) -> None:
         """Let the oldest go, as far as nothing needs it."""
@@ -195,6 +216,8 @@ class Slot:
     def last_look(self) -> None:
         """When nobody kills any more: the guest holds what it should."""
         self._settle()
+        if self.either:
+            self._recognise()
         if self.files:
             self._look()
 
@@ -233,7 +256,7 @@ class Slot:
         old, self.guest = self.guest, fresh
         self.vmm_killed.clear()
         # Where its last snapshot was answered for, its content is known as well.
-        self.files = self.snapshots.get(found.parent, "")
+        self.files, self.either = self.snapshots.get(found.parent, ""), ()
         self.tally.add("begun again after a killed VMM")
         with contextlib.suppress(DiapauseError):
             old.remove()
