@@ -57,7 +57,7 @@ def _open(
             if row.state != "failed":
                 digests = found.device_digests(snapshot)
                 assert digests == made.digests.get(snapshot, digests), snapshot
-        assert found.damage() == []
+        _undamaged(found)
         assert list(home.tmp.iterdir()) == []
         rows: list[tuple[str, str, object]] = [
             *((row.id, row.state, row.error) for row in found.sandboxes.values()),
@@ -68,10 +68,18 @@ def _open(
     return rows
 
 
+def _undamaged(found: Opened) -> None:
+    """Nothing, but for what a VMM was writing: its calls are not in the recording, and the check
+    says of a lost guest's disk what it finds."""
+    lost = tuple(f"sandboxes/{row.id}/" for row in found.sandboxes.values() if row.error)
+    damage = [one for one in found.damage() if not one.startswith(lost)]
+    assert damage == [], damage
+
+
 def _collected(made: Recording, found: Opened) -> None:
     """gc takes nothing that is needed, and leaves nothing that is not."""
     assert found.collect() == []
-    assert found.damage() == []
+    _undamaged(found)
     rows = found.host.catalog.snapshots(removed=True)
     assert {path.name for path in found.host.home.snapshots.iterdir()} <= {row.id for row in rows}
     for row in found.snapshots.values():

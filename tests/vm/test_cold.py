@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +86,35 @@ def test_a_damaged_disk_is_said_and_the_last_snapshots_is_taken(
     assert on_disk(guest) == "saved"
     assert overlay.with_name(f"{name}.damaged").exists()
     captures_are_exact(guest)
+
+
+def test_an_overlay_that_names_a_file_of_the_host_is_none_of_ours(
+    daemon: Daemon, guest: Sandbox, tmp_path: Path
+) -> None:
+    """Whoever took a VMM over may have written its head: no tool opens what it names."""
+    saved = guest.save("disk")
+    [size_bytes] = daemon.record(guest.id).disks_bytes
+    killed(guest)
+    [[name]] = daemon.record(guest.id).overlays
+    overlay = daemon.home.sandbox(guest.id) / name
+    overlay.unlink()
+    options = f"data_file={tmp_path / 'secret'},data_file_raw=on"
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        options,
+        str(overlay),
+        str(size_bytes),
+    ]
+    subprocess.run(command, check=True, timeout=60)
+    booted = guest.resume(cold=True)
+    assert (booted.disk, booted.snapshot) == ("snapshot", saved.snapshot)
+    [note] = booted.notes
+    assert "features that no overlay of ours has" in note
 
 
 def test_overlays_of_saves_that_failed_are_one_disk(daemon: Daemon, guest: Sandbox) -> None:

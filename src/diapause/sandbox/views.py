@@ -19,6 +19,7 @@ from diapause.model import (
 )
 from diapause.sandbox.confinement import confinement_of
 from diapause.snapshot.capture import CaptureFiles
+from diapause.store.files import allocated_bytes
 from diapause.units import pages
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def _pending_bytes(host: Host, record: SnapshotRecord) -> int:
     if record.state != "captured":
         return 0
     files = CaptureFiles(host.home, record.id)
-    found = [files.buffer, *files.directory.glob("*")]
-    return sum(path.stat().st_blocks * 512 for path in found if path.exists())
+    # Packing may end just now, and take them away.
+    return allocated_bytes(files.buffer) + allocated_bytes(files.directory)
 
 
 def paused_already(catalog: Catalog, record: SandboxRecord) -> CaptureAnswer:
