@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -76,6 +77,15 @@ class Child:
                     self._reaped = True
             return self._reaped
 
+    def end(self, bound_s: float) -> None:
+        """Kill it. Until somebody has waited for it, its pid can be nobody else's."""
+        with self._guard:
+            if not self._reaped:
+                os.kill(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + bound_s
+        while not self.poll() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
 
 def launch(
     sandbox: str, plan: LaunchPlan, uid: int | None, log: int, stdin: int = subprocess.DEVNULL
@@ -117,7 +127,7 @@ def _started(
         pid, failure = _read_report(sandbox, reports)
         if failure is not None:
             raise failure
-    except ConfinementFailed:
+    except BaseException:
         _end_attempt(plan.name, launcher, pid)
         raise
     assert pid is not None

@@ -32,6 +32,7 @@ from diapause.sandbox.capture import new_overlay_name
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.network import forwards_of
+from diapause.sandbox.remove import end_orphan
 from diapause.sandbox.verb import Verb
 from diapause.store.files import fsync_path, remove_tree
 
@@ -174,6 +175,8 @@ class Start(Verb):
         self.host.guests.pop(self.record.id, None)
         if self.guest.machine is not None:
             self._let_go(self.guest.machine)
+        else:
+            end_orphan(self.host, self.sandbox)  # one that was begun and not handed over
         if self.state is not None:
             self.state.close()
         self.drop_overlays()

@@ -19,6 +19,7 @@ from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing, DiapauseError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from diapause.catalog import Catalog, DeviceRecord, SnapshotRecord
@@ -31,8 +32,15 @@ log = logging.getLogger("diapause.sums")
 _NICE = 10
 
 
+_BOUND_S = 60.0
+
+
 class _Closing(Exception):
     """The daemon ends: what was not written by then is made by a check."""
+
+
+class _HeldBack(Exception):
+    """A collection begins: it is done again afterwards."""
 
 
 class Digests:
@@ -44,16 +52,37 @@ class Digests:
         self._home, self._catalog, self._leases = home, catalog, leases
         self._gate, self._flats, self._closing = gate, flats, False
         self._behind = ThreadPoolExecutor(1, "diapause-digests", initializer=_give_way)
+        self._turn = threading.Lock()  # of whoever makes some behind, or collects
+        self._free = threading.Event()
+        self._free.set()
         flats.on_made = self.make_behind
 
     def make_behind(self, record: SnapshotRecord) -> None:
         """Make those of a snapshot's flat files later; one that is not packed has to wait."""
         if record.state == "packed" and not self._closing:
-            self._behind.submit(self._work, record)
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._behind.submit(self._work, record)
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """None are made behind in the block: what one is made of could not be collected."""
+        self._free.clear()
+        got = self._turn.acquire(timeout=_BOUND_S)
+        try:
+            yield
+        finally:
+            if got:
+                self._turn.release()
+            self._free.set()
 
     def _work(self, record: SnapshotRecord) -> None:
+        self._free.wait(_BOUND_S)
         try:
-            self.make(record, progress=self._check_closing)
+            with self._turn:
+                if self._catalog.snapshot(record.id) is not None:
+                    self.make(record, progress=self._check_wanted)
+        except _HeldBack:
+            self.make_behind(record)
         except _Closing:
             return
         except (DiapauseError, OSError) as error:  # a check says what is damaged
@@ -61,9 +90,11 @@ class Digests:
         except Exception:
             log.exception("digests of the flat files of %s", record.id)
 
-    def _check_closing(self, *_: int) -> None:
+    def _check_wanted(self, *_: int) -> None:
         if self._closing:
             raise _Closing
+        if not self._free.is_set():
+            raise _HeldBack
 
     def make(
         self, record: SnapshotRecord, threads: int = 1, progress: _core.Progress | None = None

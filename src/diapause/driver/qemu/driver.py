@@ -29,7 +29,7 @@ from diapause.errors import (
     VmmMissing,
     VmmTooOld,
 )
-from diapause.limits import SUBPROCESS_S, VMM_FILE_OVERHEAD_BYTES
+from diapause.limits import SUBPROCESS_S, VMM_EXIT_S, VMM_FILE_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,7 +140,11 @@ class QemuDriver:
             )  # fmt: skip
             uid = stack.enter_context(own_uid(plan.sandbox)) if level.user == "own" else None
             child = launch(plan.sandbox, launched, uid, log)
-        process = process_ref(child.pid)
+        try:
+            process = process_ref(child.pid)
+        except BaseException:  # nobody knows of it yet: it would run for ever
+            child.end(VMM_EXIT_S)
+            raise
         if process is None:
             child.poll()
             raise _failed_spawn(plan, "it ended at once")

@@ -82,6 +82,7 @@ class Gc(Verb):
 
     def do_plan(self) -> None:
         """What nothing refers to, and from here on nothing new can."""
+        self._alone.enter_context(self.host.digests.held_back())
         self._alone.enter_context(self.host.gate.collecting())
         self.found = Found(self.host, world.look(self.host))
 
