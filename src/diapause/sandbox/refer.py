@@ -60,6 +60,9 @@ def _one(rows: Sequence[Row], reference: str) -> Row | None:
 
 def find_sandbox(catalog: Catalog, reference: str) -> SandboxRecord:
     """The one sandbox that is meant."""
+    exact = catalog.sandbox(reference)
+    if exact is not None and exact.state != "removed":
+        return exact  # without a look at all the others
     rows = catalog.sandboxes()
     if (found := _one(rows, reference)) is None:
         raise SandboxNotFound(reference=reference, candidates=labels(rows))
