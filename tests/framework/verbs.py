@@ -132,7 +132,7 @@ class Scenario:
         return ground.guest()
 
     def call(self, ground: Ground, subject: Sandbox | None) -> object:
-        """Take the verb."""
+        """Take the verb: each scenario in its own way; this one is a base."""
         raise NotImplementedError
 
     def check(self, ground: Ground, subject: Sandbox | None, committed: bool) -> None:
