@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.disk_model import Disk, Kept
+from tests.framework.contents import same_bytes
+from tests.framework.disk_model import Disk, Entry, Kept, State, Write
 from tests.framework.strace import Call, recorded
 
 _PROGRAM = """
@@ -96,3 +97,36 @@ def test_torn_bytes(calls: tuple[Path, Path, list[Call]], tmp_path: Path) -> Non
     left = _left(calls, tmp_path, "torn", "all")
     assert left["unsynced"] == b"u" * 2048
     assert left["old"] == b"X" * 1024 + b"o" * 1024
+
+
+def test_states_that_differ_in_bytes_below_tmp_alone_are_one() -> None:
+    """A name there, and a byte elsewhere, make another state."""
+
+    def key(path: str, data: bytes) -> int:
+        return State((Entry(path, (1, None, False, (Write(0, data),))),)).key
+
+    assert key("tmp/new", b"1") == key("tmp/new", b"2")
+    different = {key("tmp/new", b"1"), key("tmp/old", b"1"), key("new", b"1"), key("new", b"2")}
+    assert len(different) == 4
+
+
+def test_a_comparison_sees_each_byte_and_no_hole(tmp_path: Path) -> None:
+    size = 5 << 20
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(size))
+    with other.open("wb") as file:
+        file.truncate(size)
+    assert same_bytes(one, other)
+    for at in (0, (3 << 20) + 7, size - 1):
+        with other.open("r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+            file.flush()
+            assert not same_bytes(one, other)
+            assert not same_bytes(other, one)
+            file.seek(at)
+            file.write(b"\0")
+    assert same_bytes(one, other)
+    with other.open("ab") as file:
+        file.truncate(size + 1)
+    assert not same_bytes(one, other)

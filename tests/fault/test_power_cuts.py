@@ -81,6 +81,7 @@ def test_a_capture(daemon: Daemon, saved: Sandbox, verb: str, durability: str) -
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("durability", ["disk", "process"])
 @pytest.mark.parametrize("verb", ["pause", "save"])
 def test_every_state_of_a_capture(

@@ -55,8 +55,7 @@ def _open(
         holds(made, found, made.promised(number))
         for snapshot, row in found.snapshots.items():
             if row.state != "failed":
-                digests = found.device_digests(snapshot)
-                assert digests == made.digests.get(snapshot, digests), snapshot
+                assert found.differing(snapshot, made.contents.get(snapshot)) == [], snapshot
         _undamaged(found)
         assert list(home.tmp.iterdir()) == []
         rows: list[tuple[str, str, object]] = [
@@ -83,8 +82,8 @@ def _collected(made: Recording, found: Opened) -> None:
     rows = found.host.catalog.snapshots(removed=True)
     assert {path.name for path in found.host.home.snapshots.iterdir()} <= {row.id for row in rows}
     for row in found.snapshots.values():
-        if row.state == "packed" and row.id in made.digests:
-            assert found.device_digests(row.id) == made.digests[row.id], row.id
+        if row.state == "packed" and row.id in made.contents:
+            assert found.differing(row.id, made.contents[row.id]) == [], row.id
 
 
 def lost_but_named(found: Opened, row: SandboxRecord) -> str:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -27,12 +25,12 @@ from diapause.model import CheckRequest, GcRequest
 from diapause.sandbox.engine import Engine
 from diapause.store import boot
 from diapause.store.home import Home
+from tests.framework.contents import same_bytes
 from tests.framework.disk_model import VARIANTS, Disk, State
 from tests.framework.sandbox import Daemon, Sandbox, remove_closed
 from tests.framework.strace import Call, recorded
 
 OPEN_S = 120.0
-_CHUNK_BYTES = 1 << 20
 _OTHER_BOOT = "00000000-0000-4000-8000-0000000000cc"
 
 
@@ -47,7 +45,7 @@ class Recording:
     promises: list[int]  # the calls by which the client was told, one for each answer
     begun_from: str = ""  # the snapshot that the sandbox had before
     foreign: dict[str, Path] = field(default_factory=dict)  # path in the home → its last content
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # snapshot → device → digest
+    contents: dict[str, dict[str, Path]] = field(default_factory=dict)  # snapshot → device → file
 
     @property
     def answer(self) -> Any:
@@ -119,7 +117,8 @@ def recording(
     with tempfile.TemporaryDirectory(prefix="dia-cut-", dir=home.root.parent) as scratch:
         begin, aside = Path(scratch) / "begin", Path(scratch) / "aside"
         aside.mkdir()
-        before = digests_of(daemon)
+        contents = dict[str, dict[str, Path]]()
+        link_contents(daemon, aside, contents)
         foreign = _links_of_overlays(home, aside)
         subprocess.run(["cp", "-a", "--sparse=always", home.root, begin], check=True, timeout=300)
         with recorded(daemon.pid) as calls:
@@ -128,7 +127,8 @@ def recording(
             daemon.client.snapshots()  # whoever takes this request has recorded the last reply
         said = [say(answer) for (_, say), answer in zip(acts, answers, strict=True)]
         made = Recording(begin, home.root, calls, answers, _promises(calls, said), foreign=foreign)
-        made.digests = before | digests_of(daemon)
+        link_contents(daemon, aside, contents)
+        made.contents = contents
         yield made
         remove_closed(begin)
 
@@ -160,40 +160,16 @@ def _promises(calls: list[Call], said: list[bytes]) -> list[int]:
 # -- what a home offers ------------------------------------------------------------------------
 
 
-def digests_of(daemon: Daemon) -> dict[str, dict[str, str]]:
-    """For each snapshot that can be had of a home, the digest of each device."""
-    found = {}
+def link_contents(daemon: Daemon, aside: Path, known: dict[str, dict[str, Path]]) -> None:
+    """For each other snapshot that can be had of a home, a link to each device's content."""
     for row in daemon.client.snapshots():
-        if row.state == "packed":
-            with Sandbox(daemon, "").forked(row.id):
-                place = daemon.home.flat_of(row.id)
-                found[row.id] = {d.name: content_digest(place / d.name) for d in row.devices}
-    return found
-
-
-def content_digest(path: Path) -> str:
-    """A digest of a sparse file's bytes, whatever of its zeros is a hole."""
-    digest = hashlib.blake2b(str(path.stat().st_size).encode())
-    with path.open("rb", buffering=0) as file:
-        for start, end in _data_ranges(file.fileno()):
-            for at in range(start - start % _CHUNK_BYTES, end, _CHUNK_BYTES):
-                chunk = os.pread(file.fileno(), _CHUNK_BYTES, at)
-                if chunk.count(0) != len(chunk):
-                    digest.update(at.to_bytes(8, "little") + chunk)
-    return digest.hexdigest()
-
-
-def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
-    """Ranges with data, each chunk of the file in one of them at most."""
-    end = 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        end = -(-end // _CHUNK_BYTES) * _CHUNK_BYTES
-        yield start, end
+        if row.state != "packed" or row.id in known:
+            continue
+        with Sandbox(daemon, "").forked(row.id):
+            place = daemon.home.flat_of(row.id)
+            known[row.id] = {d.name: aside / f"{row.id}-{d.name}" for d in row.devices}
+            for name, link in known[row.id].items():
+                link.hardlink_to(place / name)
 
 
 # -- a home after the cut ----------------------------------------------------------------------
@@ -228,12 +204,15 @@ class Opened:
         left = self.engine.gc(GcRequest(dry_run=True)).items
         return [f"{item.kind} {item.name}" for item in left]
 
-    def device_digests(self, snapshot: str) -> dict[str, str]:
-        """Every device of a snapshot, read and verified."""
+    def differing(self, snapshot: str, contents: dict[str, Path] | None) -> list[str]:
+        """Every device of a snapshot is read and verified; those that hold something else."""
         record = self.snapshots[snapshot]
         flat = self.host.flats.ensure(record)
         self.host.flats.device_state(record)
-        return {name: content_digest(path) for name, path in flat.files.items()}
+        if contents is None:
+            return []
+        assert flat.files.keys() == contents.keys()
+        return [n for n, path in flat.files.items() if not same_bytes(path, contents[n])]
 
 
 @contextlib.contextmanager
