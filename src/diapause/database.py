@@ -7,6 +7,8 @@ Invariants:
 - A commit that failed stays failed. SQLite writes a transaction to its log before it syncs it, and
   what it wrote there is whole: where only the sync failed, the next process to open the database
   would find it and take it for committed. So something else is committed over it at once.
+- A connection can write. SQLite opens a file for reading where opening it for writing failed, if
+  only once and for want of a descriptor, and stays with that: such a connection is let go.
 
 Used from many threads: each has connections of its own, which go with it.
 """
@@ -65,7 +67,7 @@ class Database:
 
     def connection(self, *, durable: bool = False) -> sqlite3.Connection:
         """This thread's connection, for reading; what it does is not in a transaction."""
-        name = "durable" if durable else "quick"
+        name = _name(durable)
         held: _Held | None = getattr(self._local, name, None)
         if held is None:
             db = sqlite3.connect(
@@ -96,6 +98,7 @@ class Database:
                 kind = getattr(error, "sqlite_errorcode", 0) & _KIND
                 if kind in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                     self._write_over()
+                self._let_go_if_read_only(error, durable)
                 if (typed := storage_error(self.path, error)) is not None:
                     raise typed from error
                 raise
@@ -114,9 +117,16 @@ class Database:
             except sqlite3.Error as error:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
+                self._let_go_if_read_only(error, durable)
                 log.warning("writing over a failed commit: %s", error)
             else:
                 return
+
+    def _let_go_if_read_only(self, error: BaseException, durable: bool) -> None:
+        """This thread's next transaction opens the file again."""
+        if getattr(error, "sqlite_errorcode", 0) & _KIND == sqlite3.SQLITE_READONLY:
+            with contextlib.suppress(AttributeError):
+                delattr(self._local, _name(durable))
 
     @contextmanager
     def unlocked(self) -> Iterator[sqlite3.Connection]:
@@ -133,6 +143,10 @@ class Database:
             held.db.close()
 
 
+def _name(durable: bool) -> str:
+    return "durable" if durable else "quick"
+
+
 def storage_error(path: Path, error: BaseException) -> NotEnoughSpace | StorageFailed | None:
     """What an error of SQLite says of the file system or of other processes, typed."""
     kind = getattr(error, "sqlite_errorcode", 0) & _KIND
@@ -144,6 +158,6 @@ def storage_error(path: Path, error: BaseException) -> NotEnoughSpace | StorageF
     if kind == sqlite3.SQLITE_BUSY:
         cause = f"another process has held it for {BUSY_MS // 1000} s"
         return StorageFailed(what="the catalog", cause=cause)
-    if kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+    if kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         return StorageFailed(what="the catalog", cause=str(error))
     return None
