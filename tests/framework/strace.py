@@ -32,6 +32,7 @@ _MAKE = (*_FORKS, "execve")
 _LAUNCHER = b"diapause-launch"  # what every VMM begins with
 _DATA_BYTES_MAX = 1 << 24
 _ATTACH_S = 60.0
+_END_S = 10.0
 _LINE = re.compile(rb"^(\d+) +(.*)$")
 _RESUMED = re.compile(rb"^<\.\.\. (\w+) resumed>(.*)$")
 _CALL = re.compile(rb"^(\w+)\((.*)\) += (-?\d+|\?)(.*)$", re.DOTALL)
@@ -97,7 +98,14 @@ def _attached(pid: int, out: Path, more: list[str], calls: str = CALLS) -> Itera
         yield {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
     finally:
         tracer.terminate()
-        tracer.communicate(timeout=_ATTACH_S)
+        try:
+            tracer.communicate(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            # It waits for a child that is ending itself; whom it held goes on when it is gone.
+            tracer.kill()
+            tracer.communicate(timeout=_ATTACH_S)
+            if not more:
+                raise  # what it recorded is not whole
 
 
 def _all_traced(pid: int, tracer: int) -> bool:

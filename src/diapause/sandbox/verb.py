@@ -56,8 +56,8 @@ class Verb:
 
     def execute(self) -> None:
         """Take every step; on an error or a cancel, undo and raise it."""
+        self._begin()
         journal = self.host.catalog.journal
-        journal.begin(self.operation, self.name, self.sandbox, self.snapshot, boot_id(), self.asked)
         step, sure = "", self.steps.index(self.sure_from) if self.sure_from else 0
         try:
             for number, step in enumerate(self.steps[:sure]):
@@ -78,6 +78,15 @@ class Verb:
             raise
         self._close("done")
         self._say(logging.INFO, "done", "done in %.1f ms", self.elapsed_ms)
+
+    def _begin(self) -> None:
+        journal = self.host.catalog.journal
+        known = (self.operation, self.name, self.sandbox, self.snapshot, boot_id(), self.asked)
+        try:
+            journal.begin(*known)
+        except BaseException:
+            self.host.settle_later(self.sandbox)  # a new sandbox has its row by now
+            raise
 
     def _take(self, step: str) -> None:
         operation.at_step(step)
