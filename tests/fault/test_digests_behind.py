@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -29,19 +30,22 @@ def test_what_is_being_read_for_digests_is_collected_all_the_same(
             digests, record = found.host.digests, found.snapshots[gone]
             begun = threading.Event()
 
-            def endless(*_: object, progress: object, **__: object) -> int:
+            def endless(*arguments: Any) -> None:
                 """A reading that lasts until it is told to stop."""
-                assert callable(progress)
                 begun.set()
-                with found.host.leases.hold(gone):
-                    while True:
-                        progress(1, 2)
+                while True:
+                    arguments[-1](1, 2)
 
-            monkeypatch.setattr(digests, "make", endless)
-            digests.make_behind(record)
+            monkeypatch.setattr(digests, "_sums", endless)
+            found.host.flats.ensure(record)
             assert begun.wait(WAIT_S)
+            assert gone in found.host.leases.held() - found.host.leases.held_firmly()
             found.engine.remove_snapshot(gone)
-            assert gone in found.engine.gc(GcRequest()).snapshots
+            planned = found.engine.gc(GcRequest(dry_run=True))
+            assert gone in planned.snapshots
+            assert found.engine.df().gc_bytes == planned.freed_bytes > 0
+            collected = found.engine.gc(GcRequest())
+            assert (collected.snapshots, collected.items) == (planned.snapshots, planned.items)
             monkeypatch.undo()
             found.host.flats.ensure(found.snapshots[kept])
             sums = daemon.home.flat_of(kept) / "memory.sums"

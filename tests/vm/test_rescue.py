@@ -44,8 +44,9 @@ def test_a_vmm_that_hung_with_its_guest_stopped_is_thawed(engine: Engine) -> Non
     ran = engine.run(RunRequest(memory_bytes=128 * MIB, disk_bytes=64 * MIB, boot=True))
     machine = engine.host.guests[ran.sandbox].machine
     assert machine is not None
-    machine.stop()
-    os.kill(machine.process.pid, signal.SIGSTOP)
+    with engine.host.locks.hold(ran.sandbox):  # or the engine thaws it before it is hung
+        machine.stop()
+        os.kill(machine.process.pid, signal.SIGSTOP)
     rescued: list[bool] = []
     watcher = threading.Thread(
         target=lambda: rescued.append(thaw_when_it_answers(engine.host, ran.sandbox))
@@ -66,7 +67,8 @@ def test_it_asks_again_after_a_bound_and_gives_up_on_a_guest_that_ended(
     ran = engine.run(RunRequest(memory_bytes=128 * MIB, disk_bytes=64 * MIB, boot=True))
     machine = engine.host.guests[ran.sandbox].machine
     assert machine is not None
-    machine.stop()
+    with engine.host.locks.hold(ran.sandbox):
+        machine.stop()
     bounds = iter([VmmTimeout(sandbox=ran.sandbox, step="query-status", bound_s=20)] * 2)
     status = type(machine).status
 

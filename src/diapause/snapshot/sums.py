@@ -80,7 +80,8 @@ class Digests:
         try:
             with self._turn:
                 if self._catalog.snapshot(record.id) is not None:
-                    self.make(record, progress=self._check_wanted)
+                    with self._leases.hold(record.id, stands_back=True):
+                        self._make(record, 1, self._check_wanted)
         except _HeldBack:
             self.make_behind(record)
         except _Closing:
@@ -103,15 +104,18 @@ class Digests:
 
         Raises BlobDamaged or BlobMissing where a build is not what it has to be.
         """
-        made = 0
         with self._leases.hold(record.id):  # its builds stay
-            for device in record.devices:
-                flat = self._home.flat_of(record.id) / device.name
-                sums = flat.with_name(f"{device.name}.sums")
-                if not flat.exists() or sums.exists():
-                    continue
-                found = self._sums(record, device, threads, progress)
-                made += self._write(record.id, found, flat, sums)
+            return self._make(record, threads, progress)
+
+    def _make(self, record: SnapshotRecord, threads: int, progress: _core.Progress | None) -> int:
+        made = 0
+        for device in record.devices:
+            flat = self._home.flat_of(record.id) / device.name
+            sums = flat.with_name(f"{device.name}.sums")
+            if not flat.exists() or sums.exists():
+                continue
+            found = self._sums(record, device, threads, progress)
+            made += self._write(record.id, found, flat, sums)
         return made
 
     def _sums(

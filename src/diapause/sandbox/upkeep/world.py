@@ -32,8 +32,12 @@ def places(home: Home) -> dict[Kind, Path]:
     }  # fmt: skip
 
 
-def look(host: Host) -> World:
-    """The home as it is; what appears after the files were listed is not in it."""
+def look(host: Host, *, collecting: bool = False) -> World:
+    """The home as it is; what appears after the files were listed is not in it.
+
+    What is read by somebody who stands back for a collection is kept by the collection alone, which
+    has waited for that: whoever only reports says what it would find then.
+    """
     files = {
         kind: frozenset(path.name for path in place.iterdir())
         for kind, place in places(host.home).items()
@@ -43,7 +47,7 @@ def look(host: Host) -> World:
     return World(
         sandboxes=sandboxes,
         snapshots=snapshots,
-        reading=host.leases.held(),
+        reading=host.leases.held() if collecting else host.leases.held_firmly(),
         capturing=frozenset(one.snapshot for one in operations if one.snapshot is not None),
         files=files,
         template_builds={
