@@ -54,7 +54,7 @@ END = "at its end"
 # with a recording; each is a place of a kill, right after the call.
 FROZEN_CALLS: dict[str, tuple[str, ...]] = {
     "save": (
-        "add-fd.1", "query-block.1", "add-fd.2", "blockdev-add.1", "blockdev-add.2", "stop.1",
+        "add-fd.1", "qom-get.1", "add-fd.2", "blockdev-add.1", "blockdev-add.2", "stop.1",
         "query-status.1", "blockdev-snapshot.1", "xen-save-devices-state.1", "copy.1", "rearm.1",
         "cont.1", "remove-fd.1",
     ),
