@@ -6,8 +6,8 @@
 //! for, and every length is checked before anything is kept for it. `docs/formats/copy-stream.md`
 //! says what is in a stream. `image import` reads root file systems with it. Layers, lowest first:
 //! `error` and `limits`, `name` (paths), `meta` (modes, owners, times), `sparse` (maps), `entry`
-//! with `write` and `read` (the stream), `pack`, `staging`, `place` and `unpack` (files), `rootfs`
-//! (images).
+//! with `write` and `read` (the stream), `tally` (progress, and data into files), `pack`,
+//! `staging`, `place` and `unpack` (files), `rootfs` (images).
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -22,6 +22,7 @@ mod read;
 mod rootfs;
 mod sparse;
 mod staging;
+mod tally;
 mod unpack;
 mod write;
 

@@ -332,7 +332,9 @@ impl<R: Read> Reader<R> {
     fn take_global(&mut self, records: &[u8]) -> Result<()> {
         for (key, value) in split_records(records).map_err(|cause| self.refuse(cause))? {
             match key {
-                key if key == TOTAL.as_bytes() => self.total = decimal(value).unwrap_or(0),
+                key if key == TOTAL.as_bytes() && !self.of_image => {
+                    self.total = decimal(value).unwrap_or(0);
+                }
                 // One that changes all that follows would make each entry lie.
                 b"path" | b"linkpath" | b"size" | b"uid" | b"gid" => {
                     return Err(self.refuse("a global header sets what belongs to an entry"));

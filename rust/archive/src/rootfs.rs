@@ -12,17 +12,17 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{openat, AtFlags, OFlag, AT_FDCWD};
 use nix::sys::stat::{fchmod, fstatat, futimens, mkdirat, utimensat, Mode, SFlag, UtimensatFlags};
-use nix::sys::uio::pwrite;
 use nix::unistd::{ftruncate, linkat, symlinkat};
 
 use crate::entry::{Entry, Kind, Special};
 use crate::error::{Error, Result};
-use crate::limits::{BUFFER_BYTES, REMEMBERED_BYTES_MAX};
+use crate::limits::REMEMBERED_BYTES_MAX;
 use crate::meta::{spec, Instant, Meta};
 use crate::name::components;
 use crate::read::{Attribute, Reader};
 use crate::sparse::Map;
 use crate::staging::open_below;
+use crate::tally::Tally;
 use crate::{Progress, Summary};
 
 const DIRECTORY_MODE: u32 = 0o755;
@@ -72,37 +72,33 @@ pub fn unpack_rootfs(
     let mut tree = Tree {
         root,
         bounds,
-        summary: Summary::default(),
+        tally: Tally::new(progress),
         placed: Vec::new(),
         times: Vec::new(),
         bytes: 0,
         remembered: 0,
-        progress,
-        buffer: vec![0; BUFFER_BYTES],
     };
     let mut reader = Reader::of_image(input);
     while let Some(entry) = reader.next_entry()? {
         let attributes = reader.attributes();
         tree.take(&entry, attributes, &mut reader)?;
     }
-    if tree.summary.entries == 0 {
+    if tree.tally.summary.entries == 0 {
         return Err(Error::refused(b"", "the archive is empty"));
     }
     tree.set_times()?;
-    Ok((tree.summary, tree.placed))
+    Ok((tree.tally.summary, tree.placed))
 }
 
 struct Tree<'a> {
     root: OwnedFd,
     bounds: Bounds,
-    summary: Summary,
+    tally: Tally<'a>,
     placed: Vec<Placed>,
     /// Directories and when they were last changed, which every entry in them changes.
     times: Vec<(Parts, Instant)>,
     bytes: u64,
     remembered: usize,
-    progress: Progress<'a>,
-    buffer: Vec<u8>,
 }
 
 impl Tree<'_> {
@@ -112,8 +108,8 @@ impl Tree<'_> {
         attributes: Vec<Attribute>,
         reader: &mut Reader<impl Read>,
     ) -> Result<()> {
-        self.summary.entries += 1;
-        if self.summary.entries > self.bounds.entries {
+        self.tally.summary.entries += 1;
+        if self.tally.summary.entries > self.bounds.entries {
             let most = self.bounds.entries;
             return Err(Error::TooLarge(format!("more than {most} entries")));
         }
@@ -141,11 +137,11 @@ impl Tree<'_> {
                 let flag = UtimensatFlags::NoFollowSymlink;
                 utimensat(&directory, name.as_slice(), &time, &time, flag).map_err(made)?;
             }
-            Kind::Hardlink(target) => return self.make_hardlink(entry, &directory, name, target),
+            Kind::Hardlink(target) => self.make_hardlink(entry, &directory, name, target)?,
             Kind::Special(_) => {}
         }
         self.place(entry, parts, attributes)?;
-        self.tell()
+        self.tally.tell(reader.total())
     }
 
     /// Opens the directory an entry stands in, and makes what is missing of it.
@@ -200,7 +196,8 @@ impl Tree<'_> {
         let file = openat(directory, name, flags, mode).map_err(|e| made(&entry.path, e))?;
         let whole = [(0, size)];
         for (offset, length) in map.map_or(&whole[..], Map::pieces) {
-            self.fill(&file, &entry.path, *offset, *length, reader)?;
+            self.tally
+                .fill(&file, &entry.path, *offset, *length, reader)?;
         }
         let fail = |errno| Error::file(&entry.path, errno);
         ftruncate(&file, size as i64).map_err(fail)?;
@@ -209,32 +206,8 @@ impl Tree<'_> {
         futimens(&file, &time, &time).map_err(fail)
     }
 
-    fn fill(
-        &mut self,
-        file: &OwnedFd,
-        path: &[u8],
-        mut at: u64,
-        length: u64,
-        reader: &mut Reader<impl Read>,
-    ) -> Result<()> {
-        let end = at + length;
-        while at < end {
-            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            let want = self.buffer.len().min(left);
-            let got = reader.data(&mut self.buffer[..want])?;
-            if got == 0 {
-                return Err(Error::refused(path, "it is shorter than it says"));
-            }
-            write_all(file, &self.buffer[..got], at).map_err(|errno| Error::file(path, errno))?;
-            at += got as u64;
-            self.summary.bytes += got as u64;
-            self.tell()?;
-        }
-        Ok(())
-    }
-
     fn make_hardlink(
-        &mut self,
+        &self,
         entry: &Entry,
         directory: &OwnedFd,
         name: &[u8],
@@ -252,8 +225,7 @@ impl Tree<'_> {
             return Err(Error::refused(&entry.path, "it links to what is no file"));
         }
         linkat(&from, last.as_slice(), directory, name, AtFlags::empty())
-            .map_err(|errno| made(&entry.path, errno))?;
-        self.tell()
+            .map_err(|errno| made(&entry.path, errno))
     }
 
     /// Remembers what the file that was made does not say.
@@ -301,7 +273,8 @@ impl Tree<'_> {
             if plain && (name == KEPT_ATTRIBUTE || name.starts_with(KEPT_ATTRIBUTES)) {
                 kept.push((name, value));
             } else {
-                self.summary
+                self.tally
+                    .summary
                     .note(path, "an extended attribute was left out");
             }
         }
@@ -333,34 +306,11 @@ impl Tree<'_> {
         }
         Ok(())
     }
-
-    fn tell(&mut self) -> Result<()> {
-        if (self.progress)(self.summary.bytes, 0) {
-            Ok(())
-        } else {
-            Err(Error::Cancelled)
-        }
-    }
 }
 
 /// The mode a file of ours gets: its owner can read it, and it gives nobody another's rights.
 fn own_mode(meta: &Meta) -> u32 {
     meta.mode & 0o777 | 0o600
-}
-
-fn write_all(file: &OwnedFd, mut data: &[u8], mut at: u64) -> std::result::Result<(), Errno> {
-    while !data.is_empty() {
-        match pwrite(file, data, at as i64) {
-            Ok(0) => return Err(Errno::EIO),
-            Ok(count) => {
-                at += count as u64;
-                data = &data[count..];
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
 }
 
 /// A name that stands there already came earlier in the same archive.

@@ -12,18 +12,17 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{openat, AtFlags, OFlag};
 use nix::sys::stat::{fstatat, mkdirat, Mode, SFlag};
-use nix::sys::uio::pwrite;
 use nix::unistd::{ftruncate, linkat, symlinkat};
 
 use crate::entry::{Entry, Kind};
 use crate::error::{Error, Result};
-use crate::limits::BUFFER_BYTES;
 use crate::meta::{Applier, Meta, Trust};
 use crate::name::components;
 use crate::place::Place;
 use crate::read::Reader;
 use crate::sparse::Map;
 use crate::staging::{open_below, Staging};
+use crate::tally::Tally;
 use crate::{Progress, Summary};
 
 const TREE: &[u8] = b"tree";
@@ -50,20 +49,16 @@ pub fn unpack(
         applier: Applier::new(trust),
         open: Vec::new(),
         top: None,
-        summary: Summary::default(),
-        progress,
-        buffer: vec![0; BUFFER_BYTES],
+        tally: Tally::new(progress),
     };
     unpacker.take_first(&first, &mut reader)?;
     while let Some(entry) = reader.next_entry()? {
         unpacker.take(&entry, &mut reader)?;
     }
     let meta = unpacker.finish()?;
-    let Unpacker {
-        applier, summary, ..
-    } = unpacker;
+    let Unpacker { applier, tally, .. } = unpacker;
     place.take(staging.fd(), TREE, meta.as_ref(), &applier)?;
-    Ok(summary)
+    Ok(tally.summary)
 }
 
 /// A directory that is being filled; its times are set when it is left.
@@ -80,9 +75,7 @@ struct Unpacker<'a> {
     open: Vec<Level>,
     /// The first component of every path; none where they begin with `./`.
     top: Option<Vec<u8>>,
-    summary: Summary,
-    progress: Progress<'a>,
-    buffer: Vec<u8>,
+    tally: Tally<'a>,
 }
 
 impl Unpacker<'_> {
@@ -136,8 +129,8 @@ impl Unpacker<'_> {
             Kind::Hardlink(target) => self.make_hardlink(entry, name, target)?,
             Kind::Special(_) => return Err(Error::refused(&entry.path, "it is no file")),
         }
-        self.summary.entries += 1;
-        self.tell(reader.total())
+        self.tally.summary.entries += 1;
+        self.tally.tell(reader.total())
     }
 
     // Directories.
@@ -223,7 +216,8 @@ impl Unpacker<'_> {
         let file = openat(self.here(), name, flags, mode).map_err(|e| made(&entry.path, e))?;
         let whole = [(0, size)];
         for (offset, length) in map.map_or(&whole[..], Map::pieces) {
-            self.fill(&file, &entry.path, *offset, *length, reader)?;
+            self.tally
+                .fill(&file, &entry.path, *offset, *length, reader)?;
         }
         let fail = |errno| Error::file(&entry.path, errno);
         if map.is_some() {
@@ -231,42 +225,6 @@ impl Unpacker<'_> {
         }
         self.note_mode(entry);
         self.applier.apply(&file, &entry.meta).map_err(fail)
-    }
-
-    fn fill(
-        &mut self,
-        file: &OwnedFd,
-        path: &[u8],
-        mut at: u64,
-        length: u64,
-        reader: &mut Reader<impl Read>,
-    ) -> Result<()> {
-        let end = at + length;
-        while at < end {
-            let want = self
-                .buffer
-                .len()
-                .min(usize::try_from(end - at).unwrap_or(usize::MAX));
-            let got = reader.data(&mut self.buffer[..want])?;
-            if got == 0 {
-                return Err(Error::refused(path, "it is shorter than it says"));
-            }
-            let mut left = &self.buffer[..got];
-            while !left.is_empty() {
-                match pwrite(file, left, at as i64) {
-                    Ok(0) => return Err(Error::file(path, Errno::EIO)),
-                    Ok(count) => {
-                        at += count as u64;
-                        left = &left[count..];
-                    }
-                    Err(Errno::EINTR) => {}
-                    Err(errno) => return Err(Error::file(path, errno)),
-                }
-            }
-            self.summary.bytes += got as u64;
-            self.tell(reader.total())?;
-        }
-        Ok(())
     }
 
     fn make_hardlink(&mut self, entry: &Entry, name: &[u8], target: &[u8]) -> Result<()> {
@@ -297,15 +255,7 @@ impl Unpacker<'_> {
     fn note_mode(&mut self, entry: &Entry) {
         if self.applier.drops(entry.meta.mode) {
             let what = "its set-user-id and set-group-id bits were dropped";
-            self.summary.note(&entry.path, what);
-        }
-    }
-
-    fn tell(&mut self, total: u64) -> Result<()> {
-        if (self.progress)(self.summary.bytes, total) {
-            Ok(())
-        } else {
-            Err(Error::Cancelled)
+            self.tally.summary.note(&entry.path, what);
         }
     }
 }
