@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from diapause.driver.launch import LAUNCHER, Child, LaunchPlan, Level, launch
 from diapause.driver.process import Pidfd, find_by_argument, process_ref
 from diapause.driver.uids import own_uid
 from diapause.errors import ConfinementFailed
+from diapause.limits import LAUNCH_REPORT_BYTES_MAX
 from tests.framework.fake_home import eventually
 
 GOOD: dict[str, Any] = {
@@ -121,6 +123,15 @@ def raw(text: bytes) -> str:
         os.close(reports)
 
 
+def own_children() -> set[str]:
+    """The processes that are this one's to wait for, ended or not."""
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end
+            found |= set((task / "children").read_text().split())
+    return found
+
+
 def own_descriptors() -> set[str]:
     """What is open in this process."""
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
@@ -190,13 +201,17 @@ def test_only_what_is_handed_over_arrives(name: str, which: str) -> None:
     before = own_descriptors()
     try:
         with launched(plan_of(name, level_of(which), descriptors=[handed])) as child:
-            held = {int(fd.name) for fd in Path(f"/proc/{child.pid}/fd").iterdir()}
-            assert held == {0, 1, 2, handed}
+            # Its loader has a library open for a moment.
+            eventually("what was handed over", lambda: _held(child) == {0, 1, 2, handed})
             assert process_ref(child.pid) in find_by_argument(name)
         assert own_descriptors() == before
     finally:
         os.close(leaky)
         os.close(handed)
+
+
+def _held(child: Child) -> set[int]:
+    return {int(fd.name) for fd in Path(f"/proc/{child.pid}/fd").iterdir()}
 
 
 def test_it_outlives_whoever_started_it_and_has_no_terminal(name: str) -> None:
@@ -251,4 +266,86 @@ def _killed(name: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         os.close(waits)
         os.close(go)
     assert "KILL" in (tmp_path / "trace").read_text()
+    assert own_descriptors() == before
+
+
+# What came of a report before it was cut: the launcher's pid is the program's here.
+CUT = {
+    "nothing": "", "in the pid": "pid $$", "behind the pid": "pid $$\\n",
+    "in the last word": "pid $$\\nexe", "before the pid": "exec\\n", "no pid": "pid \\nexec\\n",
+    "in a failure": "pid $$\\nfailed exe", "no text": "\\xff\\x00\\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", CUT.values(), ids=CUT.keys())
+def test_a_report_that_is_cut_is_no_start(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made it runs on, and is ended."""
+    failed = _reported(name, f'printf "{said}" >&$3', tmp_path, monkeypatch)
+    assert failed.fields["stage"] in ("start", "exe")
+
+
+def test_a_report_without_an_end_is_not_read_to_its_end(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would take as much memory as it likes; its end would have said that all is well."""
+    size = LAUNCH_REPORT_BYTES_MAX
+    said = f'printf "pid $$\\n%{size}s\\nexec\\n" x >&$3'
+    failed = _reported(name, said, tmp_path, monkeypatch)
+    assert failed.fields["cause"] == "a report without an end"
+
+
+def test_a_report_of_the_size_that_is_allowed_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the test above would prove nothing."""
+    said = 'printf "pid $$\\n%60000s\\nexec\\n" x >&$3'
+    _report_as(said, tmp_path, monkeypatch)
+    with launched(plan_of(name)) as child:
+        assert process_ref(child.pid) in find_by_argument(name)
+
+
+def test_a_report_that_can_not_be_read_is_no_start(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives EIO for the end of a terminal, when the program runs already."""
+    with _refused(name) as waits:
+        monkeypatch.setattr(os, "pipe2", lambda flags: os.openpty())
+        with pytest.raises(ConfinementFailed) as failed:
+            start(plan_of(name), waits)
+    assert failed.value.fields["stage"] == "start"
+    assert os.strerror(errno.EIO) in str(failed.value.fields["cause"])
+
+
+def _reported(
+    name: str, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ConfinementFailed:
+    """What a start says whose launcher reports so."""
+    _report_as(script, tmp_path, monkeypatch)
+    with _refused(name) as waits, pytest.raises(ConfinementFailed) as failed:
+        start(plan_of(name), waits)
+    return failed.value
+
+
+def _report_as(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that reports so, says no more, and stays."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/bash\n{script}\neval "exec $3>&-"\nread line\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(module, "LAUNCHER", launcher)
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[int]:
+    """An input that does not end; whatever waits for it is gone and reaped behind the block."""
+    before, children = own_descriptors(), own_children()
+    waits, go = os.pipe2(os.O_CLOEXEC)
+    try:
+        yield waits
+        assert find_by_argument(name) == []
+        assert own_children() <= children
+    finally:
+        os.close(waits)
+        os.close(go)
     assert own_descriptors() == before

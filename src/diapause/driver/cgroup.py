@@ -9,8 +9,9 @@ children), and one for each start of a VMM.
     PLACE/daemon                              us
     PLACE/diapause-HOMEKEY-SANDBOX.INSTANCE   a VMM, from its first instruction on
 
-A leaf goes when its VMM has ended. What a killed daemon leaves is swept by the next: the kernel
-removes no cgroup in which something runs, so whatever can be removed is nobody's.
+A leaf goes when its VMM has ended; one whose limit ended it, when a row says so. What a killed
+daemon leaves is swept by the next: the kernel removes no cgroup in which something runs, so
+whatever can be removed is nobody's.
 """
 
 from __future__ import annotations
@@ -270,6 +271,12 @@ class Leaves:
     def killed(self, sandbox: str) -> bool:
         """Whether the last VMM of a sandbox was ended by its limit of memory."""
         return sandbox in self._killed or any(leaf.killed() for leaf in self._of(sandbox))
+
+    def ended(self, sandbox: str) -> None:
+        """Its VMM has ended. A leaf whose limit did that stays until a row says so: only it knows,
+        and a daemon that is killed in between is followed by one that asks it."""
+        if not self.killed(sandbox):
+            self.remove(sandbox)
 
     def remove(self, sandbox: str) -> None:
         """Remove what is left of a sandbox whose VMM has ended."""

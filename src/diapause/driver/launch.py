@@ -212,7 +212,11 @@ def _read_all(sandbox: str, reports: int) -> str:
     poll = select.poll()
     poll.register(reports, select.POLLIN)
     while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        more = os.read(reports, 4096)
+        try:
+            more = os.read(reports, 4096)
+        except OSError as error:
+            cause = f"its report can't be read: {error.strerror}"
+            raise ConfinementFailed(sandbox=sandbox, stage="start", cause=cause) from error
         if not more:
             return data.decode(errors="replace")
         data += more

@@ -183,6 +183,7 @@ class Host:
         if record.state == "failed":
             record.error = guest_lost(self.catalog, record, reason).to_dict()
         self.catalog.put_sandbox(record)
+        self.driver.leaves.remove(record.id)
 
     # -- the accelerator -------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class QemuDriver:
             child.poll()
             raise _failed_spawn(plan, "it ended at once")
         machine = QemuMachine(plan.sandbox, process, paths, plan.memory, plan.shape)
-        machine.child, machine.gone = child, functools.partial(self.leaves.remove, plan.sandbox)
+        machine.child, machine.gone = child, functools.partial(self.leaves.ended, plan.sandbox)
         return self._answering(machine, plan)
 
     @contextlib.contextmanager
@@ -240,7 +240,7 @@ class QemuDriver:
         paths = SocketPaths(self._home.sockets, sandbox)
         machine = QemuMachine(sandbox, process, paths, memory, shape)
         self.leaves.adopt(sandbox, process.pid, self._leaf_limits(shape))
-        machine.gone = functools.partial(self.leaves.remove, sandbox)
+        machine.gone = functools.partial(self.leaves.ended, sandbox)
         return machine
 
     def find(self, sandbox: str) -> ProcessRef | None:
