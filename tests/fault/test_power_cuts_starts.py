@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from diapause.guest.images import Image
-from diapause.model import RestoreAnswer
+from diapause.model import RestoreAnswer, RunAnswer, RunRequest
 from tests.framework.cuts import (
     Numbered,
     check_cuts,
@@ -22,7 +22,14 @@ from tests.framework.cuts import (
 )
 from tests.framework.fake_home import eventually
 from tests.framework.power import Act, Opened, Recording, recording
-from tests.framework.sandbox import WAIT_S, Daemon, Sandbox, real_home
+from tests.framework.sandbox import (
+    DISK_BYTES,
+    MEMORY_BYTES,
+    WAIT_S,
+    Daemon,
+    Sandbox,
+    real_home,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -121,21 +128,27 @@ def _saved(daemon: Daemon, guest: Sandbox) -> str:
     return max(rows, key=lambda row: row.created_at).id
 
 
+def _named(sandbox: str) -> bytes:
+    return f'"sandbox":"{sandbox}"'.encode()
+
+
 def _run(daemon: Daemon, base: str, pick: Pick) -> None:
     """Booted, with a ready snapshot kept behind it."""
-    act: Act = daemon.run_as_asked, lambda made: f'"sandbox":"{made[0].id}"'.encode()
+    # Asked plainly: whatever else writes to the catalog meanwhile is not in the recording.
+    request = RunRequest(memory_bytes=MEMORY_BYTES, disk_bytes=DISK_BYTES)
+    ran: Act = partial(daemon.client.run, request), lambda made: _named(made.sandbox)
     none_waits = "diapause_pack_queue 0.0"
 
     def packed() -> None:
         eventually("the pack's end", lambda: none_waits in daemon.client.metrics(), WAIT_S)
 
-    with recording(daemon, act, after=packed) as made:
-        guest, answer = made.answer
+    with recording(daemon, ran, after=packed) as made:
+        answer: RunAnswer = made.answer
         assert not answer.warm
 
         def holds(made: Recording, found: Opened, promised: int) -> None:
             assert found.snapshots[base].state == "packed"
-            row = found.sandboxes.get(guest.id)
+            row = found.sandboxes.get(answer.sandbox)
             assert row is not None or not promised
             if row is not None:
                 assert row.state == "failed"
@@ -144,7 +157,7 @@ def _run(daemon: Daemon, base: str, pick: Pick) -> None:
                 overlays_are_there(found, row)
 
         check_cuts(made, pick(made), holds)
-    guest.remove()
+    Sandbox(daemon, answer.sandbox).remove()
 
 
 _VERBS = [_starts, _restore, _run]
