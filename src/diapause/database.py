@@ -66,19 +66,33 @@ class Database:
         self._write = threading.Lock()
 
     def connection(self, *, durable: bool = False) -> sqlite3.Connection:
-        """This thread's connection, for reading; what it does is not in a transaction."""
+        """This thread's connection, for reading; what it does is not in a transaction.
+
+        Raises StorageFailed where the file can't be opened.
+        """
         name = _name(durable)
         held: _Held | None = getattr(self._local, name, None)
         if held is None:
-            db = sqlite3.connect(
-                self.path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
-            )
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            held = _Held(db)
+            held = self._opened(durable)
             setattr(self._local, name, held)
             self._all.add(held)
         return held.db
+
+    def _opened(self, durable: bool) -> _Held:
+        try:
+            held = _Held(
+                sqlite3.connect(
+                    self.path, timeout=BUSY_MS / 1000, isolation_level=None,
+                    check_same_thread=False,
+                )
+            )  # fmt: skip
+            held.db.execute("PRAGMA journal_mode = WAL")
+            held.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        except sqlite3.Error as error:
+            if (typed := storage_error(self.path, error)) is not None:
+                raise typed from error
+            raise
+        return held
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:

@@ -1,4 +1,4 @@
-"""A verb that can't even be journaled: nothing came of it, and nothing of it is left."""
+"""A verb that can't be journaled: at its begin nothing came of it; later it is put back or done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from diapause.errors import DiapauseError
 from diapause.guest.images import Image
-from tests.framework.catalog_tap import Place, Tap
+from tests.framework.catalog_tap import Place, Tap, before_step
 from tests.framework.fake_home import eventually
 from tests.framework.leftovers import nothing_left
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox, real_home
@@ -69,4 +69,22 @@ def test_it_is_as_if_nobody_had_asked(
     assert daemon.client.snapshots() == snapshots
     running, _ = guests
     assert running.sh("echo here") == "here\n"
+    nothing_left(daemon.home)
+
+
+@pytest.mark.parametrize("step", ["kill", "files", "publish"])
+def test_a_removal_that_failed_half_way_is_finished(
+    daemon: Daemon, guests: tuple[Sandbox, Sandbox], step: str
+) -> None:
+    """There is no way back from it, so nobody has to ask again."""
+    before = _states(daemon)
+    snapshot = guests[0].inspect().parent
+    assert snapshot is not None
+    [fork] = daemon.fork(snapshot)
+    tap = Tap(daemon.home)
+    tap.fail(before_step("rm", step))
+    with pytest.raises(DiapauseError):
+        fork.remove()
+    tap.clear()
+    eventually("its end", lambda: _states(daemon) == before, WAIT_S)
     nothing_left(daemon.home)

@@ -6,8 +6,10 @@ No guest is needed: these are decisions about rows and files.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,16 +21,18 @@ import pytest
 from diapause.catalog import Identity, Process, SandboxRecord, SnapshotRecord
 from diapause.daemon.start import trust_buffers
 from diapause.driver.process import process_ref
-from diapause.errors import CaptureFailed, DaemonUnreachable
+from diapause.errors import CaptureFailed, DaemonUnreachable, StorageFailed
 from diapause.model import CaptureRequest
-from diapause.sandbox import recovery
+from diapause.sandbox import recovery, sweep
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause
 from diapause.sandbox.upkeep.garbage import World, make_plan
 from diapause.snapshot.capture import CaptureFiles
 from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.boot import boot_id
+from diapause.store.files import remove_tree
 from diapause.store.home import Home
+from tests.framework.fake_home import eventually
 
 BAD, GOOD = "1" * 16, "2" * 16
 FIRST, SECOND = "a" * 16, "b" * 16
@@ -147,12 +151,12 @@ def test_a_snapshot_without_row_and_manifest_is_failed_and_its_files_stay(host: 
 def test_an_error_that_nobody_expects_fails_one_sandbox(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory that can't be read, say: its row names the cause, and the last whole snapshot."""
+    """Its row names the cause, and the last whole snapshot."""
     settle = recovery.settle
 
     def unreadable(host: Host, record: SandboxRecord) -> None:
         if record.id == BAD:
-            raise PermissionError("no way in")
+            raise LookupError("no way in")
         settle(host, record)
 
     put_snapshot(host, FIRST, None, "packed")
@@ -165,6 +169,57 @@ def test_an_error_that_nobody_expects_fails_one_sandbox(
     assert bad.error is not None
     assert "no way in" in bad.error["message"]
     assert FIRST in bad.error["message"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "too many"),
+        sqlite3.OperationalError("disk I/O error"),
+        StorageFailed(what="the catalog", cause="an I/O error"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_host_refuses_once_fails_no_sandbox(
+    host: Host, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It says nothing of the sandbox: settled soon after, as if nothing had been."""
+    settle, refused = recovery.settle, threading.Event()
+
+    def once(host: Host, record: SandboxRecord) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise error
+        settle(host, record)
+
+    put_snapshot(host, FIRST, None, "packed")
+    put(host, GOOD, "resuming", FIRST)
+    monkeypatch.setattr(recovery, "settle", once)
+    recovery.recover(host)
+    assert refused.is_set()
+    eventually("its settling", lambda: found(host, GOOD).state == "paused")
+
+
+def test_what_can_not_be_removed_keeps_no_home_from_opening(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest goes, and the next daemon tries again."""
+    places = [host.home.tmp / name for name in ("first", "second", "third")]
+    for place in places:
+        place.mkdir()
+    kept = places[1]
+
+    def refuse(path: Path) -> None:
+        if path == kept:
+            raise OSError(errno.EIO, "an I/O error")
+        remove_tree(path)
+
+    monkeypatch.setattr(sweep, "remove_tree", refuse)
+    recovery.recover(host)
+    assert [place for place in places if place.exists()] == [kept]
+    monkeypatch.undo()
+    recovery.recover(host)
+    assert not kept.exists()
 
 
 def test_a_verb_whose_settling_fails_stays_open_while_its_vmm_lives(

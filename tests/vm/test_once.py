@@ -11,6 +11,7 @@ import pytest
 
 from diapause.daemon.start import connect, daemon_command
 from diapause.guest.images import Image
+from diapause.model import GcRequest
 from tests.framework.catalog_tap import Place, Tap, at_end, before_step
 from tests.framework.sandbox import (
     DISK_BYTES,
@@ -89,6 +90,23 @@ def test_a_run_whose_daemon_died(daemon: Daemon, guest: Sandbox, place: Place) -
     assert made.sh("echo up").strip() == "up"
     assert post(daemon, "/v1/sandboxes", RUN, key)["sandbox"] == made.id
     made.remove()
+
+
+@pytest.mark.parametrize("verb", ["first-run", "warm-run"])
+def test_a_run_from_a_ready_snapshot_whose_daemon_died(
+    daemon: Daemon, guest: Sandbox, verb: str
+) -> None:
+    """Its verb has another name than that of one that only boots."""
+    asked = {**RUN, "boot": False}
+    daemon.client.gc(GcRequest())  # a ready snapshot, if one is there
+    if verb == "warm-run":
+        daemon.run_as_asked()[0].remove()
+    killed(daemon, at_end(verb), "/v1/sandboxes", asked, verb)
+    [made] = {row.sandbox for row in daemon.client.sandboxes(everything=True)} - {guest.id}
+    assert post(daemon, "/v1/sandboxes", asked, verb)["sandbox"] == made
+    rows = {row.sandbox for row in daemon.client.sandboxes(everything=True)} - {guest.id}
+    assert rows == {made}
+    Sandbox(daemon, made).remove()
 
 
 def test_a_fork_whose_daemon_died(daemon: Daemon, guest: Sandbox) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diapause.errors import Cancelled, DiapauseError
+from diapause.errors import Cancelled, DiapauseError, NotEnoughSpace, StorageFailed
 from diapause.limits import PACK_S
 from diapause.operation import wait_for
 from diapause.sandbox import admit, views
@@ -15,10 +16,13 @@ from diapause.sandbox.part import Part
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import find_sandbox
 from diapause.sandbox.states import require
+from diapause.store.files import fsync_path, storage_errors
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.model import CaptureAnswer, CaptureRequest
+
+_PACK_AGAIN_S = 5.0
 
 
 class Captures(Part):
@@ -74,20 +78,38 @@ class Captures(Part):
             answer.dirty_pages = views.changed_pages(self.catalog, answer)
         return answer
 
-    def pack_behind(self, snapshot: str) -> Any:
-        """Pack, and then, if its sandbox still waits on it, have its flat files ready."""
+    def pack_behind(self, snapshot: str, pause_s: float = _PACK_AGAIN_S) -> Any:
+        """Pack, and then, if its sandbox still waits on it, have its flat files ready.
+
+        What the host refused is asked again after a pause: until then a capture is not durable.
+        """
 
         def work() -> None:
             try:
+                self._sync_names(snapshot)
                 packed = self.host.packer.pack(snapshot)
             except DiapauseError as error:
                 self._note_failure(snapshot, error)
+                if isinstance(error, NotEnoughSpace | StorageFailed) and not self.host.closing:
+                    again = partial(self.pack_behind, snapshot, min(2 * pause_s, PACK_S))
+                    self.host.later(pause_s, again)
                 raise
             record = self.catalog.sandbox(packed.sandbox)
             if record and record.state == "paused" and record.snapshot == snapshot:
                 self.host.flats.ensure(packed)
 
         return self.host.behind(f"pack {snapshot}", work)
+
+    def _sync_names(self, snapshot: str) -> None:
+        """A save has its guest write to overlays with new names: they are durable with its row."""
+        record = self.catalog.snapshot(snapshot)
+        if record is None:
+            return
+        with (
+            storage_errors("overlays", self.host.home.root),
+            contextlib.suppress(FileNotFoundError),  # it was removed
+        ):
+            fsync_path(self.host.home.sandbox(record.sandbox))
 
     def _note_failure(self, snapshot: str, error: DiapauseError) -> None:
         def note(now: SnapshotRecord) -> SnapshotRecord:

@@ -105,7 +105,8 @@ class Engine:
     def open(cls, home: Home, loop: asyncio.AbstractEventLoop) -> Engine:
         """Open a home, settle what the last daemon left, take up the guests that run."""
         host = Host(home.create(), loop)
-        recover(host)
+        with host.reserve.room():  # a full disk keeps nobody from opening a home
+            recover(host)
         host.catalog.worked()
         host.reserve.make()
         engine = cls(host)

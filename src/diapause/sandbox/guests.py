@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diapause.driver.qemu.machine import QemuMachine
 
 log = logging.getLogger("diapause.guest")
+_EVENTS_AGAIN_S = 0.5
 
 
 class Guest:
@@ -162,6 +163,7 @@ class Guest:
     ) -> None:
         assert self.machine is not None
         self._pidfd = self.machine.pidfd()
+        events = self.machine.paths.events
 
         def once(reason: str) -> None:
             if self._pidfd >= 0:
@@ -173,11 +175,19 @@ class Guest:
         if self._pidfd < 0:
             ended(self, "the VMM has ended")
             return
+
+        async def watch() -> None:
+            """Again after each connection that broke: nobody else would hear of an end."""
+            again = False
+            while self._pidfd >= 0:
+                await _watch_events(
+                    events, once, lambda why: stalled(self, why), lambda: stopped(self), again
+                )
+                again = True
+                await asyncio.sleep(_EVENTS_AGAIN_S)
+
         self._loop.add_reader(self._pidfd, once, "the VMM has ended")
-        watching = _watch_events(
-            self.machine.paths.events, once, lambda why: stalled(self, why), lambda: stopped(self)
-        )
-        self._watch = self._loop.create_task(watching)
+        self._watch = self._loop.create_task(watch())
 
     def disarm(self) -> None:
         """Stop watching: what happens to the VMM from here on is a verb's doing."""
@@ -201,12 +211,17 @@ async def _watch_events(
     once: Callable[[str], None],
     stalled: Callable[[str], None],
     stopped: Callable[[], None],
+    again: bool,
 ) -> None:
-    """Read the events monitor until it says that the guest ended; pass on each stall and stop."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    connection.setblocking(False)
+    """Read the events monitor until it says that the guest ended; pass on each stall and stop.
+
+    What happened before the connection is asked for: with `again` also whether the guest stands.
+    """
+    connection = None
     loop = asyncio.get_running_loop()
     try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        connection.setblocking(False)
         await asyncio.wait_for(loop.sock_connect(connection, str(path)), QMP_CONNECT_S)
         reader, writer = await asyncio.open_unix_connection(
             sock=connection, limit=QMP_LINE_BYTES_MAX
@@ -220,12 +235,18 @@ async def _watch_events(
                 return
             if reason := _stall(message):
                 stalled(reason)
-            if message.get("event") == "STOP":
+            if message.get("event") == "STOP" or (again and _stands(message)):
                 stopped()
     except (OSError, ValueError, DiapauseError) as error:
         log.warning("events of %s: %s", path, error)
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
+
+
+def _stands(message: dict[str, Any]) -> bool:
+    answer = message.get("return")
+    return isinstance(answer, dict) and answer.get("status") == "paused"
 
 
 def _stall(message: dict[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from diapause.sandbox.locks import SandboxLocks
 from diapause.sandbox.losses import guest_lost
 from diapause.sandbox.metrics import HomeCollector, Metrics
 from diapause.sandbox.network import has_network
-from diapause.sandbox.rescue import go_on_after_stall, thaw_if_nobody_owns
+from diapause.sandbox.rescue import REFUSALS, go_on_after_stall, thaw_if_nobody_owns
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from diapause.store.home import Home
 
 log = logging.getLogger("diapause.host")
+_AGAIN_S = 1.0
 
 
 def tracker_path() -> Path | None:
@@ -92,7 +94,7 @@ class Host:
         """Note what no row tells; whoever does so goes on whatever becomes of the note."""
         try:
             self.catalog.journal.event(kind, sandbox=sandbox, detail=detail)
-        except DiapauseError as error:
+        except REFUSALS as error:
             log.warning("the event %s of %s: %s", kind, sandbox, error)
 
     # -- work behind the verbs -------------------------------------------------------------------
@@ -117,6 +119,15 @@ class Host:
                 del self._jobs[done]
         return future
 
+    def later(self, pause_s: float, act: Callable[[], object]) -> None:
+        """Do something short after a pause, unless the daemon ends before."""
+
+        def unless_closing() -> None:
+            if not self.closing:
+                act()
+
+        self.loop.call_soon_threadsafe(self.loop.call_later, pause_s, unless_closing)
+
     def packing(self) -> int:
         """How many pieces of such work wait or are under way."""
         with self._guard:
@@ -128,7 +139,15 @@ class Host:
 
     def watch(self, work: Callable[[], object]) -> Future[object]:
         """Do something that may have to wait for a guest; nobody waits for it."""
-        return self._watch.submit(work)
+
+        def run() -> object:
+            try:
+                return work()
+            except Exception:
+                log.exception("work that nobody waits for")
+                raise
+
+        return self._watch.submit(run)
 
     def close(self) -> None:
         """Let go of everything; guests go on."""
@@ -150,11 +169,16 @@ class Host:
         self.watch(lambda: self._settle(guest, reason))
 
     def _settle(self, guest: Guest, reason: str) -> None:
-        try:
-            with self.locks.hold(guest.sandbox, END_S):
-                settle_end(self, guest, reason)
-        except Exception:
-            log.exception("the end of %s", guest.sandbox)
+        """Nobody else will: it is tried until it is done, whatever fails."""
+        while not self.closing:
+            try:
+                with self.locks.hold(guest.sandbox, END_S):
+                    settle_end(self, guest, reason)
+            except Exception:
+                log.exception("the end of %s", guest.sandbox)
+                time.sleep(_AGAIN_S)
+            else:
+                return
 
     def guest_stalled(self, guest: Guest, reason: str) -> None:
         """The VMM stopped a guest whose disk has no room; called in the loop, once per stall."""
@@ -222,10 +246,10 @@ def settle_end(host: Host, guest: Guest, reason: str) -> None:
         return
     if record is None or record.state not in ("running", "frozen"):
         return
-    del host.guests[guest.sandbox]
     guest.cut(f"the guest ended ({reason})")
     guest.machine.kill()
     host.end(record, reason)
+    del host.guests[guest.sandbox]  # last: who finds it not done does it again
 
 
 def vmm_identity(identity: Identity) -> VmmIdentity:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from diapause.model import Answer, CaptureRequest, ForkAnswer, ForkRequest, RunAnswer, RunRequest
 from diapause.sandbox import views
 from diapause.sandbox.remove import Remove
+from diapause.sandbox.resume import Boot, Fork
+from diapause.sandbox.warm import FirstRun, WarmRun
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord
     from diapause.journal import OperationRecord
     from diapause.sandbox.host import Host
 
+_MAKERS = {verb.name for verb in (Boot, FirstRun, WarmRun, Fork)}
 _NOTE = "the daemon that did this died before it could answer; times are not known"
 
 
@@ -39,7 +42,7 @@ def made_by(host: Host, operation: str, request: object) -> Answer | None:
 
 def _new_sandboxes(host: Host, begun: list[OperationRecord]) -> list[SandboxRecord]:
     """Those that were begun and are still there."""
-    ids = [one.sandbox for one in begun if one.verb in ("run", "fork")]
+    ids = [one.sandbox for one in begun if one.verb in _MAKERS]
     found = [host.catalog.sandbox(sandbox) for sandbox in ids]
     gone = ("creating", "removing", "removed")
     return [record for record in found if record is not None and record.state not in gone]

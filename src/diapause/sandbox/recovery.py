@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from diapause.driver.base import ProcessRef
 from diapause.driver.process import is_alive
 from diapause.driver.qemu.command import node_name
 from diapause.driver.qemu.frozen import top_node
-from diapause.errors import DiapauseError
+from diapause.errors import DiapauseError, NotEnoughSpace, StorageFailed
 from diapause.limits import AGENT_READY_S, RESCUE_S
 from diapause.operation import shielded
 from diapause.sandbox.guests import Guest
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diapause.recovery")
 _BETWEEN_S = 0.5
+# What a host may refuse to anybody at any time, and grant the next moment.
+_OF_THE_HOST = (NotEnoughSpace, StorageFailed, OSError, sqlite3.Error, MemoryError)
 
 
 def recover(host: Host) -> None:
@@ -84,11 +87,17 @@ def _settled(host: Host, record: SandboxRecord) -> bool:
         log.warning("recovery of %s: %s", record.id, error, exc_info=not known)
         if process and is_alive(ProcessRef(process.pid, process.start_ticks, process.boot_id)):
             return False
+        if isinstance(error, _OF_THE_HOST):
+            return False  # no word of the sandbox: it is tried again
         if not isinstance(error, DiapauseError):
             cause = f"{type(error).__name__}: {error}"
             error = guest_lost(host.catalog, record, f"it could not be settled: {cause}")
         record.state, record.error = "failed", error.to_dict()
-        host.catalog.put_sandbox(record)
+        try:
+            host.catalog.put_sandbox(record)
+        except DiapauseError as refused:
+            log.warning("%s can't be said to have failed: %s", record.id, refused)
+            return False
     return True
 
 

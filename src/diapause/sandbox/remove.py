@@ -60,6 +60,10 @@ class Remove(Verb):
         self.record.process, self.record.root = None, None
         self.host.catalog.put_sandbox(self.record)
 
+    def undo(self, step: str, error: BaseException) -> None:
+        """There is no way back: what is left is done by whoever settles it."""
+        self.left_to_recovery = step != "mark"
+
 
 def end_orphan(host: Host, sandbox: str) -> None:
     """End a VMM of this sandbox that no row knows, and remove its sockets."""

@@ -3,6 +3,9 @@
 A capture that fails because the VMM reached a bound (a disk that takes minutes to flush, say) may
 leave a `stop` behind that takes effect later. Nobody would undo it: so somebody waits for the VMM.
 
+Whatever fails here is tried again, a failed read of the catalog too: these threads are the last who
+know of such a guest.
+
 QEMU itself stops a guest whose write the host has no room for, and keeps the request. It is thawed
 again and again until the write goes through; meanwhile `inspect` says why it stands.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import time
 from typing import TYPE_CHECKING
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.rescue")
+# What the catalog, a monitor and the host may answer with, at any time.
+REFUSALS = (DiapauseError, OSError, sqlite3.Error)
 _BETWEEN_S = 0.5
 _SETTLE_S = 0.2
 
@@ -49,7 +55,7 @@ def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
                 if guest is None or guest.machine is None or is_frozen(host, sandbox):
                     return False  # it ended, or another verb took it
                 thaw_if_it_stands(guest.machine)
-        except DiapauseError as error:
+        except REFUSALS as error:
             log.warning("%s stands and its VMM does not answer: %s", sandbox, error)
         else:
             host.event("thawed", sandbox, cause="a capture failed and its VMM answered late")
@@ -73,7 +79,7 @@ def thaw_if_nobody_owns(host: Host, guest: Guest) -> None:
                 guest.machine.thaw()
                 host.event("thawed", guest.sandbox, cause="it stood frozen and nobody owned it")
                 log.warning("%s was stopped from outside: thawed", guest.sandbox)
-    except DiapauseError as error:
+    except REFUSALS as error:
         log.warning("%s was stopped and can't be thawed: %s", guest.sandbox, error)
 
 
@@ -92,7 +98,7 @@ def go_on_after_stall(host: Host, guest: Guest, reason: str) -> None:
                     break  # a thaw makes the request anew
                 if _stays_running(guest.machine):
                     break
-        except DiapauseError as error:
+        except REFUSALS as error:
             log.warning("%s stands and can't be thawed: %s", guest.sandbox, error)
     guest.stalled = None  # from here on an event begins anew; one that was passed over shows now
     if _stands(host, guest):
@@ -107,7 +113,7 @@ def _stays_running(machine: QemuMachine) -> bool:
 
 
 def _stands(host: Host, guest: Guest) -> bool:
-    with host.locks.hold(guest.sandbox), contextlib.suppress(DiapauseError):
+    with contextlib.suppress(*REFUSALS), host.locks.hold(guest.sandbox):
         if is_frozen(host, guest.sandbox):
             return False
         if host.guests.get(guest.sandbox) is guest and guest.machine is not None:
@@ -121,7 +127,7 @@ def close_later(host: Host, operation: str, outcome: str) -> None:
     while not host.closing and time.monotonic() < deadline:
         try:
             host.catalog.journal.end(operation, outcome)
-        except DiapauseError as error:
+        except REFUSALS as error:
             log.warning("the end of operation %s is not journaled yet: %s", operation, error)
             time.sleep(_BETWEEN_S)
         else:

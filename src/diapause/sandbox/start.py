@@ -13,6 +13,7 @@ A start that fails leaves no process and no file; the row goes back to where it 
 from __future__ import annotations
 
 import contextlib
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
@@ -78,7 +79,7 @@ class Start(Verb):
         self.overlays_safe = self.host.aside(self._sync_overlays)
 
     def _sync_overlays(self) -> None:
-        for [name] in self.record.overlays:
+        for name in chain(*self.record.overlays):
             fsync_path(self.directory / name)
         fsync_path(self.directory)
         fsync_path(self.directory.parent)  # of a new sandbox the directory is new as well

@@ -13,6 +13,7 @@ from diapause.catalog import is_unreadable
 from diapause.driver.cgroup import Leaves
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu import QemuDriver
+from diapause.errors import StorageFailed
 from diapause.limits import VMM_EXIT_S
 from diapause.store.files import remove_tree
 from diapause.store.home import SCRATCH_START, Home
@@ -82,7 +83,11 @@ def sweep(host: Host) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        remove_tree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """One that can't be removed keeps no home from opening: the next daemon tries again."""
+    try:
+        if path.is_dir():
+            remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except (OSError, StorageFailed) as error:
+        log.warning("%s is left: %s", path, error)

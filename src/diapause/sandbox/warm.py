@@ -51,6 +51,7 @@ class FirstRun(Boot):
         finally:
             self.record = save.record
         self.kept = save.snapshot
+        self.overlays_safe = self.host.aside(self._sync_overlays)  # it writes to the next ones now
 
     def captures(self) -> int:
         """The one that was kept: its process goes on being tracked from there."""

@@ -176,12 +176,14 @@ class QemuMachine:
 
     def agent_socket(self, bound_s: float) -> socket.socket:
         """A new connection to the agent's port; QEMU takes one at a time."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        connection = None
         try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             connection.settimeout(bound_s)
             connection.connect(str(self.paths.agent))
         except OSError as error:
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise AgentUnreachable(sandbox=self.sandbox, bound_s=bound_s) from error
         connection.setblocking(False)
         return connection

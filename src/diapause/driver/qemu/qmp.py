@@ -35,7 +35,10 @@ class Qmp:
     def __init__(self, sandbox: str, path: Path, bound_s: float = QMP_CONNECT_S) -> None:
         self.sandbox = sandbox
         self._buffer, self._sent = bytearray(), 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise VmmFailed(sandbox=sandbox, step="connect", cause=str(error)) from error
         try:
             self._socket.settimeout(bound_s)
             self._socket.connect(str(path))
