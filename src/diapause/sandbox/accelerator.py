@@ -1,7 +1,8 @@
 """The accelerator, by proof: /dev/kvm may open, make VMs and vCPUs, and still not run a kernel.
 
 A small guest is booted under KVM once, to an answering agent within a bound; the outcome is a fact
-of this kernel, this CPU architecture and this QEMU. TCG needs no proof.
+of this kernel, this CPU architecture and this QEMU. TCG needs no proof. A trial that never came to
+the guest (a full disk, say) proves nothing: its run gets TCG, and the next one tries again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.driver.base import BootFiles, DiskFiles, Shape, StartPlan
-from diapause.errors import DiapauseError
+from diapause.driver.passing import is_passing
+from diapause.errors import AgentUnreachable, Cancelled, DiapauseError, VmmFailed, VmmTimeout
 from diapause.guest.images import ROOT_DISK
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.start import host_tsc_khz
@@ -35,19 +37,30 @@ def choose(host: Host, image: Image) -> str:
     key = host.accelerator_key()
     known = host.catalog.fact(key)
     if known is None:
-        known = "kvm" if _kvm_works(host, image) else "tcg"
-        host.catalog.remember(key, known)
+        works = _kvm_works(host, image)
+        known = "kvm" if works else "tcg"
+        if works is not None:
+            host.catalog.remember(key, known)
     return known
 
 
-def _kvm_works(host: Host, image: Image) -> bool:
+def _kvm_works(host: Host, image: Image) -> bool | None:
+    """None where the trial proved neither."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     try:
         _boot(host, image, host.driver.identity("kvm"))
-    except DiapauseError as error:
-        log.warning("/dev/kvm is there and does not run a guest (%s); using TCG", error)
-        return False
+    except Cancelled:
+        raise
+    except (VmmFailed, VmmTimeout, AgentUnreachable) as error:
+        if not is_passing(error):
+            log.warning("/dev/kvm is there and does not run a guest (%s); using TCG", error)
+            return False
+        log.warning("KVM could not be tried (%s); using TCG this time", error)
+        return None
+    except (DiapauseError, OSError) as error:
+        log.warning("KVM could not be tried (%s); using TCG this time", error)
+        return None
     return True
 
 

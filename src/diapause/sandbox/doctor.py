@@ -67,7 +67,7 @@ def _kvm(engine: Engine) -> Check:
     detail = {
         "kvm": "a guest booted under KVM",
         "tcg": "/dev/kvm opens and does not run a guest: guests run under TCG",
-    }.get(known or "", "not tried yet: the first `run` tries it")
+    }.get(known or "", "not proved yet: the next `run` tries it")
     return Check(name="kvm", ok=known == "kvm", detail=detail, required=False)
 
 
@@ -151,7 +151,9 @@ def _in_scratch(engine: Engine, scratch: Home, image: Image) -> list[Check]:
         if known is not None:
             trial.host.catalog.remember(key, known)
         checks = _attempts(trial)
-        engine.host.catalog.remember(key, trial.host.catalog.fact(key) or "tcg")
+        found = trial.host.catalog.fact(key)
+        if found is not None:  # an attempt may end before the proof
+            engine.host.catalog.remember(key, found)
         return checks
     finally:
         trial.close()
