@@ -152,9 +152,10 @@ class Database:
             yield db
 
     def close(self) -> None:
-        """Close every connection."""
-        for held in list(self._all):
-            held.db.close()
+        """Close every connection, when nobody is in a transaction: SQLite would not survive it."""
+        with self._write:
+            for held in list(self._all):
+                held.db.close()
 
 
 def _name(durable: bool) -> str:
