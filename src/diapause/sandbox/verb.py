@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from diapause import operation
 from diapause.errors import DiapauseError
-from diapause.sandbox.rescue import close_later
+from diapause.sandbox.rescue import REFUSALS, close_later
 from diapause.store.boot import boot_id
 from diapause.store.files import unexpected_storage_error
 
@@ -121,7 +121,7 @@ class Verb:
         """The journal's last word: what the verb did stands, whether that can be written or not."""
         try:
             self.host.catalog.journal.end(self.operation, outcome)
-        except DiapauseError as error:
+        except REFUSALS as error:
             log.warning("%s %s: its end is not journaled yet: %s", self.name, self.sandbox, error)
             self.host.watch(lambda: close_later(self.host, self.operation, outcome))
 
