@@ -68,6 +68,7 @@ LAUNCH_REPORT_BYTES_MAX = 64 * KIB
 # Waits, in seconds.
 CONSOLE_LOOK_S = 0.5
 DAEMON_START_S = 20.0
+CLOSE_S = 5.0  # what a daemon that ends gives to work that nobody waits for
 QMP_CALL_S = 20.0
 QMP_CONNECT_S = 20.0
 STATE_LOAD_S = 60.0

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from diapause.catalog import Catalog, Identity
 from diapause.driver.base import Shape, VmmIdentity
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import DiapauseError
-from diapause.limits import END_S
+from diapause.limits import CLOSE_S, END_S
 from diapause.operation import carried
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.locks import SandboxLocks
@@ -83,6 +83,7 @@ class Host:
         self._background = ThreadPoolExecutor(1, "diapause-pack")
         self._beside = ThreadPoolExecutor(8, "diapause-beside")  # short work of a verb
         self._watch = ThreadPoolExecutor(32, "diapause-watch")  # what may wait for a sandbox
+        self._watching: set[Future[object]] = set()
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
         self.closing = False
@@ -147,7 +148,10 @@ class Host:
                 log.exception("work that nobody waits for")
                 raise
 
-        return self._watch.submit(run)
+        with self._guard:
+            future = self._watch.submit(run)
+            self._watching = {one for one in self._watching if not one.done()} | {future}
+        return future
 
     def close(self) -> None:
         """Let go of everything; guests go on."""
@@ -156,6 +160,7 @@ class Host:
         self._beside.shutdown(wait=True)
         self.digests.close()
         self._watch.shutdown(wait=False, cancel_futures=True)
+        wait(self._watching, CLOSE_S)  # each ends soon; one that a guest holds up is left
         for guest in list(self.guests.values()):
             guest.cut("the daemon is stopping")
             if guest.machine is not None:

@@ -104,7 +104,7 @@ def _settled(host: Host, record: SandboxRecord) -> bool:
 def settle_when_it_answers(host: Host, sandbox: str) -> None:
     """Try again until the VMM answers or is gone, within a bound; any verb does the same."""
     deadline = time.monotonic() + RESCUE_S
-    while time.monotonic() < deadline:
+    while not host.closing and time.monotonic() < deadline:
         try:
             with host.locks.hold(sandbox):
                 record = host.catalog.sandbox(sandbox)

@@ -48,7 +48,7 @@ def is_frozen(host: Host, sandbox: str) -> bool:
 def thaw_when_it_answers(host: Host, sandbox: str) -> bool:
     """Ask until the VMM answers or is gone, within a bound; whether the guest can go on."""
     deadline = time.monotonic() + RESCUE_S
-    while time.monotonic() < deadline:
+    while not host.closing and time.monotonic() < deadline:
         try:
             with host.locks.hold(sandbox):
                 guest = host.guests.get(sandbox)
