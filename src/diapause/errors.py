@@ -240,6 +240,13 @@ class ConfinementFailed(DiapauseError):
     hint = "`diapause doctor` says what this host grants; nothing was left running."
 
 
+class VmmUnusable(DiapauseError):
+    """The VMM {program!r} could not be asked what it can do: {cause}."""
+
+    code, exit_code, status = "vmm_unusable", 38, 500
+    hint = "Try again; if it goes on, `{program} --version` by hand may say why."
+
+
 class RestoreFailed(DiapauseError):
     """Restoring sandbox {sandbox} to snapshot {snapshot} failed: {cause} It is {state} now."""
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diapause.driver.passing import is_passing
 from diapause.limits import (
     LEAF_REMOVAL_S,
     VMM_MEMORY_OVERHEAD_BYTES,
@@ -78,10 +79,24 @@ def limits_of(shape: Shape, *, on_tmpfs: bool) -> LeafLimits:
 def cgroup_of(pid: int | str = "self") -> Path | None:
     """The directory of a process's cgroup; None where no cgroup2 is mounted that shows it."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                return _mounted(line.removeprefix("0::"), Path("/proc/self/mountinfo").read_text())
+        return _find_cgroup(pid)
     return None
+
+
+def _find_cgroup(pid: int | str) -> Path | None:
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        if line.startswith("0::/"):
+            return _mounted(line.removeprefix("0::"), Path("/proc/self/mountinfo").read_text())
+    return None
+
+
+def _own_cgroup() -> Path | None:
+    try:
+        return _find_cgroup("self")
+    except OSError as error:
+        if is_passing(error):
+            raise
+        return None
 
 
 def _mounted(path: str, mountinfo: str) -> Path | None:
@@ -98,14 +113,17 @@ def _mounted(path: str, mountinfo: str) -> Path | None:
 
 @functools.cache
 def delegation() -> Delegation:
-    """What this daemon was given; asked once, and arranged then. The first to ask is recovery."""
+    """What this daemon was given; asked once, and arranged then. The first to ask is recovery.
+
+    Raises OSError where that could not be found out now.
+    """
     named = os.environ.get(VARIABLE)
     if named:
         place = Path(named)
         if not (place / "cgroup.controllers").exists():
             return Delegation(None, cause=f"{VARIABLE} names {named}, which is no cgroup2")
     else:
-        own = cgroup_of()
+        own = _own_cgroup()
         if own is None:
             return Delegation(None, cause="no cgroup2 is mounted here")
         candidates = [own, *([own.parent] if own.name == _DAEMON else [])]
@@ -120,14 +138,19 @@ def delegation() -> Delegation:
 
 def _is_marked(place: Path) -> bool:
     for name in _MARKS:
-        with contextlib.suppress(OSError):
+        try:
             if os.getxattr(place, name) == b"1":
                 return True
+        except OSError as error:  # no such mark, or none that we may see
+            if is_passing(error):
+                raise
     return False
 
 
 def turn_on(place: Path) -> Delegation:
     """Turn the controllers on for leaves of this cgroup, and move out of it first.
+
+    Raises OSError of the moment alone; what the kernel refuses is in the answer.
 
     With anybody in it `memory` would be refused. `pids` would not, but nothing could be started in
     a leaf any more: the kernel takes all of it for one threaded domain then.
@@ -144,6 +167,8 @@ def turn_on(place: Path) -> Delegation:
             causes += [_turn_on(place, name) for name in wanted]
         on = (place / "cgroup.subtree_control").read_text().split()
     except OSError as error:
+        if is_passing(error):
+            raise
         return Delegation(None, cause=f"{place}: {error.strerror}")
     cause = "; ".join(filter(None, causes))
     return Delegation(place, tuple(name for name in CONTROLLERS if name in on), cause)
@@ -156,6 +181,8 @@ def _turn_on(place: Path, controller: str) -> str:
         if controller not in control.read_text().split():
             control.write_text(f"+{controller}")
     except OSError as error:
+        if is_passing(error):
+            raise
         return f"{controller} can't be turned on in {place}: {error.strerror}"
     return ""
 
@@ -296,12 +323,11 @@ class Leaves:
         return self._named(f"{self._start}{sandbox}.") + ([elsewhere] if elsewhere else [])
 
     def _named(self, start: str) -> list[Leaf]:
-        place = delegation().place
-        names: list[str] = []
-        if place is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if (place := delegation().place) is not None:
                 names = os.listdir(place)  # noqa: PTH208 - the names alone
-        return [Leaf(Path(place or "", name)) for name in names if name.startswith(start)]
+                return [Leaf(place / name) for name in names if name.startswith(start)]
+        return []
 
 
 def lies_on_tmpfs(path: Path) -> bool:

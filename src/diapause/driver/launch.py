@@ -7,6 +7,7 @@ fails, no process of the attempt stays: the launcher carries the VMM's name from
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from diapause.driver.passing import error_in
 from diapause.driver.process import Pidfd, find_by_argument
 from diapause.errors import ConfinementFailed
 from diapause.limits import (
@@ -96,7 +98,11 @@ def launch(
             sandbox=sandbox, stage="start", cause="diapause-launch is not there; build it again"
         )
     handed = _plan_file(plan, uid)
-    reports, report = os.pipe2(os.O_CLOEXEC)
+    try:
+        reports, report = os.pipe2(os.O_CLOEXEC)
+    except OSError:
+        os.close(handed)
+        raise
     extra = [handed, report] + ([plan.cgroup] if plan.cgroup is not None else [])
     try:
         launcher = subprocess.Popen(
@@ -167,8 +173,12 @@ def _plan_file(plan: LaunchPlan, uid: int | None) -> int:
         },
     }  # fmt: skip
     fd = os.memfd_create("diapause-plan")
-    with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(json.dumps(text).encode())
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(json.dumps(text).encode())
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -204,7 +214,9 @@ def _read_report(sandbox: str, reports: int) -> tuple[int | None, ConfinementFai
             stage, _, cause = rest.partition(": ")
     if pid is not None and "exec" in lines and not any(s.startswith("failed") for s in lines):
         return pid, None
-    return pid, ConfinementFailed(sandbox=sandbox, stage=stage, cause=cause)
+    failed = ConfinementFailed(sandbox=sandbox, stage=stage, cause=cause)
+    failed.__cause__ = error_in(cause)
+    return pid, failed
 
 
 def _read_all(sandbox: str, reports: int) -> str:
@@ -222,6 +234,6 @@ def _read_all(sandbox: str, reports: int) -> str:
         data += more
         if len(data) > LAUNCH_REPORT_BYTES_MAX:
             raise ConfinementFailed(sandbox=sandbox, stage="start", cause="a report without an end")
-    raise ConfinementFailed(
-        sandbox=sandbox, stage="start", cause=f"no report within {LAUNCH_S:.0f} s"
-    )
+    cause = f"no report within {LAUNCH_S:.0f} s"
+    late = TimeoutError(errno.ETIMEDOUT, cause)
+    raise ConfinementFailed(sandbox=sandbox, stage="start", cause=cause) from late

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from diapause.driver.base import Shape, StartPlan, VmmIdentity
 from diapause.driver.cgroup import LeafLimits, Leaves, lies_on_tmpfs, limits_of
-from diapause.driver.grants import cgroups, grants
+from diapause.driver.grants import asked_for, cgroups, grants
 from diapause.driver.launch import LaunchPlan, launch
 from diapause.driver.process import find_by_argument, is_alive, process_ref
 from diapause.driver.qemu import command
@@ -28,6 +28,7 @@ from diapause.errors import (
     VmmFailed,
     VmmMissing,
     VmmTooOld,
+    VmmUnusable,
 )
 from diapause.limits import SUBPROCESS_S, VMM_EXIT_S, VMM_FILE_OVERHEAD_BYTES
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from diapause.driver.base import ProcessRef
+    from diapause.driver.cgroup import Delegation
     from diapause.store.home import Home
 
 VERSION_MIN = (7, 2)
@@ -43,10 +45,19 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 @functools.lru_cache(maxsize=8)
 def _ask(program: str, stamp: int, *arguments: str) -> str:
-    """What the program prints; asked once for each state (`stamp`) of its file."""
-    done = subprocess.run(
-        [program, *arguments], capture_output=True, text=True, timeout=SUBPROCESS_S, check=False
-    )
+    """What the program prints; asked once for each state (`stamp`) of its file.
+
+    Raises VmmUnusable where it prints nothing or fails: that is not kept, and it is asked again.
+    """
+    try:
+        done = subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=SUBPROCESS_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VmmUnusable(program=program, cause=str(error)) from error
+    if done.returncode or not done.stdout.strip():
+        said = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise VmmUnusable(program=program, cause=f"{said[0][:500]} (status {done.returncode})")
     return done.stdout
 
 
@@ -75,15 +86,17 @@ class QemuDriver:
         """QEMU's version; refuses one that is too old."""
         match = re.search(r"version (\d+)\.(\d+)\.(\d+)", self.ask("--version"))
         if match is None:
-            raise VmmMissing(program=command.PROGRAM, package=command.PACKAGE)
+            raise VmmUnusable(program=self.program(), cause="it does not say its version")
         if (int(match[1]), int(match[2])) < VERSION_MIN:
             needed = ".".join(map(str, VERSION_MIN))
             raise VmmTooOld(program="QEMU", found=match[0], needed=needed, package=command.PACKAGE)
         return ".".join(match.groups())
 
     def machines(self) -> list[str]:
-        """The versioned q35 machine types that this QEMU knows, newest first."""
+        """The versioned q35 machine types that this QEMU knows, newest first; never none."""
         found = re.findall(r"^pc-q35-(\d+)\.(\d+)\s", self.ask("-M", "help"), re.MULTILINE)
+        if not found:
+            raise VmmUnusable(program=self.program(), cause="it names no q35 machine")
         numbers = sorted(((int(a), int(b)) for a, b in found), reverse=True)
         return [f"pc-q35-{major}.{minor}" for major, minor in numbers]
 
@@ -121,7 +134,8 @@ class QemuDriver:
     def start(self, plan: StartPlan) -> QemuMachine:
         """Spawn the process, confined; its sockets take connections from the first moment on."""
         program = str(Path(self.program()).resolve())
-        level = grants().level
+        with asked_for(plan.sandbox):
+            level, given = grants().level, cgroups(self._home.key)
         paths = SocketPaths(self._home.sockets, plan.sandbox)
         paths.unlink()
         with contextlib.ExitStack() as stack:
@@ -136,7 +150,7 @@ class QemuDriver:
                 descriptors=handed.numbers, level=level, network=bool(plan.shape.network),
                 hidden=(self._home.root, self._home.sockets, self._home.buffers),
                 file_bytes=_file_bytes_max(plan.shape),
-                cgroup=stack.enter_context(self._leaf(plan)),
+                cgroup=stack.enter_context(self._leaf(plan, given)),
             )  # fmt: skip
             uid = stack.enter_context(own_uid(plan.sandbox)) if level.user == "own" else None
             child = launch(plan.sandbox, launched, uid, log)
@@ -153,9 +167,8 @@ class QemuDriver:
         return self._answering(machine, plan)
 
     @contextlib.contextmanager
-    def _leaf(self, plan: StartPlan) -> Iterator[int | None]:
+    def _leaf(self, plan: StartPlan, given: Delegation) -> Iterator[int | None]:
         """A cgroup for it, open; None where the host delegates none. Gone if the launch fails."""
-        given = cgroups(self._home.key)
         if given.place is None:
             yield None
             return
