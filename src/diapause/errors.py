@@ -170,6 +170,13 @@ class NotEnoughSpace(DiapauseError):
     hint = "Free some space there and try again; nothing was lost."
 
 
+class HostExhausted(DiapauseError):
+    """{what} failed: the host has no thread or process left for it."""
+
+    code, exit_code, status = "host_exhausted", 23, 503
+    hint = "Try again when less runs; `ulimit -u` and the daemon's cgroup bound their number."
+
+
 class StorageFailed(DiapauseError):
     """Writing {what} failed: {cause}."""
 

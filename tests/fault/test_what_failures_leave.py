@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,8 @@ from diapause.driver.qemu import QemuDriver
 from diapause.errors import (
     BlobDamaged,
     CaptureFailed,
+    DiapauseError,
+    HostExhausted,
     NotEnoughSpace,
     SnapshotLost,
     StorageFailed,
@@ -37,12 +41,14 @@ from diapause.sandbox.guests import Guest
 from diapause.sandbox.host import Host
 from diapause.sandbox.pause import Pause, Save
 from diapause.sandbox.refer import host_name
+from diapause.sandbox.remove import Remove
 from diapause.sandbox.resume import Boot, Fork, Resume, check_snapshot
 from diapause.snapshot import flats
 from diapause.snapshot.capture import CaptureFiles
 from diapause.store.boot import boot_id
 from diapause.store.home import Home
 from tests.framework.blobs import page_of, write_buffer
+from tests.framework.fake_home import eventually
 
 SANDBOX, SNAPSHOT = "a" * 16, "b" * 16
 STANDING = SimpleNamespace(machine=SimpleNamespace(tracked=True, alive=lambda: False))
@@ -275,26 +281,112 @@ def test_a_list_of_forgotten_pages_that_is_lost_is_missed(host: Host) -> None:
     assert save(host).rule == "compared"
 
 
-def test_forks_are_all_there_or_none_whatever_failed(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error that nobody thought of leaves no fork running either."""
-    numbers = itertools.count(1)
+@pytest.fixture
+def forked(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[Fork]:
+    """Forks come to a row that is running, without a guest; those that did."""
+    done: list[Fork] = []
 
     def execute(verb: Fork) -> None:
-        if next(numbers) == 2:
-            raise PermissionError("not expected")
         verb.record.state = "running"
         host.catalog.put_sandbox(verb.record)
+        done.append(verb)
 
     monkeypatch.setattr(Fork, "execute", execute)
     monkeypatch.setattr(starts, "check_snapshot", lambda *_: None)
     monkeypatch.setattr(QemuDriver, "find", lambda *_: None)
     host.catalog.put_snapshot(snapshot("disk", boot_id()), durable=True)
+    return done
+
+
+def fork(host: Host, count: int = 3) -> list[str]:
+    return engine.Engine(host).fork(ForkRequest(source=SNAPSHOT, count=count)).sandboxes
+
+
+def test_forks_are_all_there_or_none_whatever_failed(
+    host: Host, forked: list[Fork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody thought of leaves no fork running either."""
+    numbers, known = itertools.count(1), Fork.execute
+
+    def execute(verb: Fork) -> None:
+        if next(numbers) == 2:
+            raise PermissionError("not expected")
+        known(verb)
+
+    monkeypatch.setattr(Fork, "execute", execute)
     with pytest.raises(PermissionError):
-        engine.Engine(host).fork(ForkRequest(source=SNAPSHOT, count=3))
-    left = {row.state for row in host.catalog.sandboxes()}
-    assert left <= {"creating"}  # the row of the one that failed is its own undo's
+        fork(host)
+    assert host.catalog.sandboxes() == []
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_forks_without_a_thread_for_each_are_all_there_or_none(
+    host: Host, forked: list[Fork], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """The pool keeps the work that a thread could not be started for, and another may do it."""
+    numbers, start, execute = itertools.count(), threading.Thread.start, Fork.execute
+    refused = threading.Event()
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("diapause-fork") and next(numbers) >= threads:
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def slow(verb: Fork) -> None:
+        assert refused.wait(60.0)  # none is done before: each is a thread of its own
+        execute(verb)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(Fork, "execute", slow)
+    with pytest.raises(HostExhausted) as failed:
+        fork(host)
+    assert failed.value.code != DiapauseError.code
+    assert host.catalog.sandboxes() == []
+    assert len(forked) >= threads
+
+
+def test_a_fork_that_can_not_be_undone_now_is_undone_later(
+    host: Host, forked: list[Fork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps no other, and is removed when it can be; with the reserve, as `rm` is."""
+    removed, execute, known = Counter[str](), Fork.execute, Remove.execute
+    numbers = itertools.count(1)
+
+    def second_fails(verb: Fork) -> None:
+        execute(verb)
+        if next(numbers) == 3:
+            raise StorageFailed(what="a fork", cause="a test")
+
+    def fails_first(verb: Remove) -> None:
+        assert host.reserve._users
+        removed[verb.sandbox] += 1
+        if removed.total() == 1:
+            raise StorageFailed(what="a removal", cause="a test")
+        known(verb)
+
+    monkeypatch.setattr(Fork, "execute", second_fails)
+    monkeypatch.setattr(Remove, "execute", fails_first)
+    with pytest.raises(StorageFailed, match="a fork"):
+        fork(host)
+    eventually("the removal of all", lambda: not host.catalog.sandboxes())
+    assert sorted(removed.values()) == [1, 1, 2]
+
+
+def test_what_no_thread_is_there_to_watch_for_is_done_by_the_next(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for it, so whoever asked goes on."""
+    done: list[int] = []
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        host.watch(lambda: done.append(1))
+    host.watch(lambda: done.append(2))
+    eventually("both", lambda: sorted(done) == [1, 2])
 
 
 def test_a_damaged_blob_of_a_parent_is_not_its_childs(

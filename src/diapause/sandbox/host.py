@@ -29,6 +29,7 @@ from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
 from diapause.snapshot.packer import Packer
 from diapause.snapshot.sums import Digests
+from diapause.store.files import no_thread
 from diapause.store.gate import Gate
 from diapause.store.reserve import Reserve
 from diapause.store.templates import Templates
@@ -149,7 +150,13 @@ class Host:
                 raise
 
         with self._guard:
-            future = self._watch.submit(run)
+            try:
+                future = self._watch.submit(run)
+            except RuntimeError as error:
+                if not no_thread(error):
+                    raise
+                log.warning("no thread for what nobody waits for: the next one does it")  # queued
+                return Future()  # the pool's own is lost: this one never says anything
             self._watching = {one for one in self._watching if not one.done()} | {future}
         return future
 

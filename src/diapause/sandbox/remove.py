@@ -6,18 +6,24 @@ Snapshots are not the sandbox's: they stay, and can be forked. Their data is rem
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu.machine import SocketPaths
 from diapause.errors import DiapauseError
-from diapause.limits import VMM_EXIT_S
+from diapause.limits import RESCUE_S, VMM_EXIT_S
+from diapause.operation import shielded
 from diapause.sandbox.verb import Verb
 from diapause.store.files import remove_tree
 
 if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord
     from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.remove")
+_BETWEEN_S = 0.5
 
 
 class Remove(Verb):
@@ -63,6 +69,28 @@ class Remove(Verb):
     def undo(self, step: str, error: BaseException) -> None:
         """There is no way back: what is left is done by whoever settles it."""
         self.left_to_recovery = step != "mark"
+
+
+def remove_unasked(host: Host, sandbox: str) -> None:
+    """Remove a sandbox that nobody was told of; one that is gone, or never was, is as well."""
+    with shielded(), host.locks.hold(sandbox), host.reserve.room():
+        record = host.catalog.sandbox(sandbox)
+        if record is not None and record.state != "removed":
+            Remove(host, record).execute()
+
+
+def remove_later(host: Host, sandbox: str) -> None:
+    """Try that again until it is gone, within a bound."""
+    deadline = time.monotonic() + RESCUE_S
+    while not host.closing and time.monotonic() < deadline:
+        try:
+            remove_unasked(host, sandbox)
+        except Exception as error:
+            known = isinstance(error, DiapauseError)
+            log.warning("%s is not removed yet: %s", sandbox, error, exc_info=not known)
+            time.sleep(_BETWEEN_S)
+        else:
+            return
 
 
 def end_orphan(host: Host, sandbox: str) -> None:

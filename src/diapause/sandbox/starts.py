@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from diapause.errors import DiapauseError, SandboxNotFound
+from diapause.errors import DiapauseError, HostExhausted, SandboxNotFound
 from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, ForkAnswer, ForkRequest, ResumeAnswer, ResumeRequest
 from diapause.operation import carried, shielded
@@ -17,9 +17,10 @@ from diapause.sandbox.host import row_identity
 from diapause.sandbox.network import FORK_HAS_NO_FORWARDS
 from diapause.sandbox.part import Part
 from diapause.sandbox.refer import find_sandbox, find_snapshot
-from diapause.sandbox.remove import Remove
+from diapause.sandbox.remove import remove_later, remove_unasked
 from diapause.sandbox.resume import Fork, Resume, check_snapshot
 from diapause.sandbox.states import require
+from diapause.store.files import no_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from diapause.sandbox.captures import Captures
     from diapause.sandbox.host import Host
 
+log = logging.getLogger("diapause.starts")
 _FORKS_AT_ONCE = 4
 
 
@@ -81,13 +83,13 @@ class Starts(Part):
         snapshot, phases = self._fork_source(request.source)
         check_snapshot(self.host, snapshot)
         forks = [self._new_fork(snapshot) for _ in range(request.count)]
-        with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
-            outcomes = [pool.submit(carried(partial(self._start_fork, verb))) for verb in forks]
-        failed = [error for outcome in outcomes if (error := outcome.exception()) is not None]
-        if failed:
+        try:
+            for outcome in self._start_forks(forks):
+                outcome.result(0)  # the pool has ended
+        except BaseException:
             with shielded():
-                self._undo_forks(forks, outcomes)
-            raise failed[0]
+                self._undo_forks(forks)
+            raise
         for verb in forks:
             phases = {name: max(ms, phases.get(name, 0.0)) for name, ms in verb.phases_ms.items()}
         source = self.catalog.sandbox(snapshot.sandbox)
@@ -118,14 +120,32 @@ class Starts(Part):
         record.root_disk = snapshot.root_disk
         return Fork(self.host, record, snapshot)
 
+    def _start_forks(self, forks: list[Fork]) -> list[Future[None]]:
+        """What came of each; raises HostExhausted where a thread could not be started.
+
+        What was given to the pool before that, and what the thread was for, may be done all the
+        same: none of it is under way any more when this ends, and nobody else knows of it.
+        """
+        with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
+            try:
+                return [pool.submit(carried(partial(self._start_fork, verb))) for verb in forks]
+            except RuntimeError as error:
+                pool.shutdown(wait=True, cancel_futures=True)
+                if not no_thread(error):
+                    raise
+                raise HostExhausted(what=f"Starting {len(forks)} forks") from error
+
     def _start_fork(self, verb: Fork) -> None:
         with self.host.locks.hold(verb.sandbox):
             self.put_new(verb.record)
             verb.execute()
 
-    def _undo_forks(self, forks: list[Fork], outcomes: list[Future[None]]) -> None:
-        """All of them or none; one that can't be removed keeps no other."""
-        for verb, outcome in zip(forks, outcomes, strict=True):
-            if outcome.exception() is None:
-                with contextlib.suppress(DiapauseError), self.host.locks.hold(verb.sandbox):
-                    Remove(self.host, verb.record).execute()
+    def _undo_forks(self, forks: list[Fork]) -> None:
+        """All of them or none; one that can't be removed now keeps no other, and goes later."""
+        for verb in forks:
+            try:
+                remove_unasked(self.host, verb.sandbox)
+            except Exception as error:
+                known = isinstance(error, DiapauseError)
+                log.warning("fork %s: undoing: %s", verb.sandbox, error, exc_info=not known)
+                self.host.watch(partial(remove_later, self.host, verb.sandbox))

@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diapause.errors import BlobDamaged, BlobMissing, NotEnoughSpace, StorageFailed
+from diapause.errors import (
+    BlobDamaged,
+    BlobMissing,
+    HostExhausted,
+    NotEnoughSpace,
+    StorageFailed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,8 +49,9 @@ def storage_error(
 
 def unexpected_storage_error(
     what: str, directory: Path, error: BaseException
-) -> NotEnoughSpace | StorageFailed | None:
-    """The same for what nobody was ready for: any open may fail. None where it is no such error.
+) -> NotEnoughSpace | StorageFailed | HostExhausted | None:
+    """The same for what nobody was ready for: any open may fail, and any start of a thread. None
+    where it is no such error.
 
     A connection that ended and a wait that took too long are errors of the system too, and no
     word of its files.
@@ -55,9 +62,16 @@ def unexpected_storage_error(
 
     if isinstance(error, sqlite3.Error):
         return database.storage_error(directory / "catalog", error)
+    if no_thread(error):
+        return HostExhausted(what=what)
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
         return None
     return storage_error(what, directory, error) if error.errno is not None else None
+
+
+def no_thread(error: BaseException) -> bool:
+    """Whether a thread could not be started; Python has no class of its own for that."""
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
 
 
 def is_ours(directory: Path, closed: int = 0o077) -> bool:
