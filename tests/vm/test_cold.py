@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from diapause.errors import BlobDamaged, BlobMissing, DiapauseError, WrongState
-from tests.framework.catalog_tap import Tap, before_step
+from diapause.errors import BlobDamaged, BlobMissing, DiapauseError, StorageFailed, WrongState
+from tests.framework.catalog_tap import Place, Tap, before_step
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
+from tests.framework.strace import failing
 
 pytestmark = pytest.mark.vm
 
@@ -86,6 +87,63 @@ def test_a_damaged_disk_is_said_and_the_last_snapshots_is_taken(
     assert on_disk(guest) == "saved"
     assert overlay.with_name(f"{name}.damaged").exists()
     captures_are_exact(guest)
+
+
+def test_a_disk_that_could_not_be_looked_at_is_not_damaged(daemon: Daemon, guest: Sandbox) -> None:
+    """No descriptor or no process for the tool, once: the next attempt has what it wrote last."""
+    guest.save("disk")
+    guest.sh("echo after >/data/said; sync")
+    killed(guest)
+    before = daemon.record(guest.id)
+    # The first and the second tool; where vfork is refused, fork is tried.
+    faults = [("pipe2", "EMFILE", 1), ("pipe2", "EMFILE", 4), ("vfork,clone", "EAGAIN", 1)]
+    for call, error, when in faults:
+        with failing(daemon.pid, call, error, when), pytest.raises(StorageFailed) as failed:
+            guest.resume(cold=True)
+        assert "qemu-img could not be run" in failed.value.message
+        after = daemon.record(guest.id)
+        assert (after.state, after.overlays) == ("failed", before.overlays)
+        assert (after.snapshot, after.error) == (before.snapshot, before.error)
+        assert not list(daemon.home.sandbox(guest.id).glob("*.damaged"))
+    booted = guest.resume(cold=True)
+    assert (booted.disk, booted.notes) == ("own", [])
+    assert on_disk(guest) == "after"
+
+
+_ITS_ROW = Place("the row of a cold resume", "sandboxes", "json_extract(NEW.record, '$.cold')")
+
+
+@pytest.mark.parametrize("place", [before_step("cold", "publish"), _ITS_ROW], ids=["greet", "row"])
+def test_an_attempt_that_fails_on_a_snapshots_disk_changes_nothing(
+    daemon: Daemon, guest: Sandbox, place: Place
+) -> None:
+    """The next one finds the same damage, says the same, and sets the overlay aside for good."""
+    guest.sh("echo saved >/data/said; sync")
+    saved = guest.save("disk")
+    guest.sh("echo after >/data/said; sync")
+    killed(guest)
+    before = daemon.record(guest.id)
+    [[name]] = before.overlays
+    overlay = daemon.home.sandbox(guest.id) / name
+    with overlay.open("r+b") as file:
+        file.write(b"damage" * 100)
+    bad, tap = overlay.read_bytes(), Tap(daemon.home)
+    tap.fail(place)
+    with pytest.raises(DiapauseError):
+        guest.resume(cold=True)
+    tap.clear()
+    eventually("the failed attempt's end", lambda: guest.state == "failed", WAIT_S)
+    after = daemon.record(guest.id)
+    assert (after.overlays, after.snapshot) == (before.overlays, saved.snapshot)
+    assert (after.error, after.reason) == (before.error, before.reason)
+    assert overlay.read_bytes() == bad
+    assert [path.name for path in overlay.parent.glob("disk*")] == [name]
+    booted = guest.resume(cold=True)
+    assert (booted.disk, booted.snapshot) == ("snapshot", saved.snapshot)
+    [note] = booted.notes
+    assert name in note
+    assert on_disk(guest) == "saved"
+    assert overlay.with_name(f"{name}.damaged").read_bytes() == bad
 
 
 def test_an_overlay_that_names_a_file_of_the_host_is_none_of_ours(

@@ -2,29 +2,40 @@
 
 What its disk is: the overlays that it wrote last, over the disk of its last capture. Where one of
 them is damaged or gone, or the snapshot below them is, it is the disk of the last snapshot that is
-whole, and the answer says so; damaged overlays are kept beside, as `.damaged`.
+whole, and the answer says so; damaged overlays are kept beside, as `.damaged`. What can't be looked
+at is no damage: the verb fails and nothing is changed.
+
+The row goes on naming its own overlays until the guest is there (`publish`): an attempt that fails
+or is killed on a snapshot's disk leaves what the next one has to find, and say, again.
 
 Its memory begins as zeros, so the next capture's memory is not over its parent's (`cold`).
 """
 
 from __future__ import annotations
 
-import subprocess
+import copy
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diapause._core import check_overlay
 from diapause.errors import BlobDamaged, BlobMissing, SnapshotLost
-from diapause.limits import SUBPROCESS_S
-from diapause.sandbox.recovery import ended_again, forget_failures
+from diapause.sandbox.capture import new_overlay_name
+from diapause.sandbox.recovery import (
+    ended_again,
+    forget_failures,
+    own_overlays_back,
+    set_aside,
+)
 from diapause.sandbox.remove import end_orphan
 from diapause.sandbox.resume import empty_disks
 from diapause.sandbox.start import Start
 from diapause.snapshot.capture import check_structure
+from diapause.snapshot.qemu_img import qemu_img
+from diapause.store.files import fsync_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.errors import DiapauseError
@@ -42,12 +53,16 @@ class Cold(Start):
     def __init__(self, host: Host, record: SandboxRecord) -> None:
         super().__init__(host, record)
         self.disk: Literal["own", "snapshot"] = "own"
+        self.was = copy.deepcopy(record)
+        self.stands_on: str | None = None  # the snapshot, where the disk is not its own
+        self.fresh: list[list[str]] = []  # overlays over its disk
 
     def do_disks(self) -> None:
         """Which disk it is; nothing is changed but what two failed saves left in two overlays."""
-        self.record.state = "resuming"
+        self.record.state, self.record.root = "resuming", None
         self.host.catalog.put_sandbox(self.record)
         end_orphan(self.host, self.sandbox)
+        own_overlays_back(self.host, self.record)  # of an attempt that the host did not survive
         damage = self._damage()
         if self.record.snapshot is None:
             if damage is not None:
@@ -102,7 +117,9 @@ class Cold(Start):
             at = found.parent
 
     def _say_fallen_back(self, snapshot: str, damage: DiapauseError) -> None:
-        self.disk, self.record.snapshot = "snapshot", snapshot
+        self.disk, self.stands_on = "snapshot", snapshot
+        self.record.root = snapshot  # what a guest is about to use stays
+        self.host.catalog.put_sandbox(self.record)
         self.notes.append(
             f"booted on the disk of snapshot {snapshot}: its own is lost. {damage.message}"
         )
@@ -116,7 +133,7 @@ class Cold(Start):
                 _stand(chain[0], base, "raw")
                 for below, path in pairwise(chain):
                     _stand(path, below)
-                _qemu_img("commit", "-q", "-d", "-f", "qcow2", str(chain[-1]))
+                qemu_img(chain[-1], "commit", "-q", "-d", "-f", "qcow2", str(chain[-1]))
                 names.pop()
                 self.host.catalog.put_sandbox(self.record)
                 chain[-1].unlink(missing_ok=True)
@@ -129,41 +146,42 @@ class Cold(Start):
         self.memory = self.host.templates.memory(self.record.memory_bytes).flat
         if self.disk == "own":
             return
+        self.fresh = [[new_overlay_name(i)] for i in range(len(self.record.disks_bytes))]
+        self.make_overlays()
+
+    def overlays(self) -> list[list[str]]:
+        """Its own, or the fresh ones that take their place."""
+        return self.record.overlays if self.disk == "own" else self.fresh
+
+    def do_publish(self) -> None:
+        """The row: running, with a memory of its own; from now on with the disk that it runs on."""
+        self.record.cold = True
+        if self.disk == "snapshot":
+            self._set_own_aside()
+            self.record.snapshot, self.record.root = self.stands_on, None
+            self.record.overlays = self.fresh
+        super().do_publish()
+
+    def _set_own_aside(self) -> None:
         for names in self.record.overlays:
             for path in map(self.directory.joinpath, names):
                 if path.exists():
-                    path.rename(path.with_name(f"{path.name}.damaged"))
-        super().do_files()
-
-    def do_publish(self) -> None:
-        """The row: running, with a memory of its own."""
-        self.record.cold = True
-        super().do_publish()
+                    path.rename(set_aside(path))
+        fsync_path(self.directory)
 
     def drop_overlays(self) -> None:
-        """They are the sandbox's disk, whatever became of this attempt."""
+        """Its own are the sandbox's disk, whatever became of this attempt."""
 
     def put_back(self, error: BaseException) -> None:
-        """It is stopped or failed as it was."""
-        ended_again(self.host, self.record)
+        """It is stopped or failed as it was, on the overlays that it had."""
+        if self.disk == "own":
+            self.was.overlays = self.record.overlays  # as far as they were folded
+        self.was.root = self.stands_on
+        ended_again(self.host, self.was)
         self.guest.cut("the sandbox could not be started")
 
 
 def _stand(overlay: Path, below: Path | None, kind: str = "qcow2") -> None:
     """Say in an overlay's header what is below it: nothing, but while it is folded."""
     on = ["-b", ""] if below is None else ["-F", kind, "-b", str(below)]
-    _qemu_img("rebase", "-u", "-f", "qcow2", *on, str(overlay))
-
-
-def _qemu_img(*arguments: str) -> None:
-    """Run it; raises BlobDamaged with what it says of the last argument, the overlay."""
-    blob = "/".join(Path(arguments[-1]).parts[-3:])
-    try:
-        done = subprocess.run(
-            ["qemu-img", *arguments], capture_output=True, text=True, timeout=SUBPROCESS_S,
-            check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BlobDamaged(blob=blob, cause=str(error)) from error
-    if done.returncode != 0:
-        raise BlobDamaged(blob=blob, cause=done.stderr.strip()[-500:])
+    qemu_img(overlay, "rebase", "-u", "-f", "qcow2", *on, str(overlay))

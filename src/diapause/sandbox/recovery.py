@@ -26,6 +26,7 @@ import logging
 import sqlite3
 import time
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from diapause import _core
@@ -319,10 +320,29 @@ def _greet(guest: Guest) -> None:
 
 def ended_again(host: Host, record: SandboxRecord) -> None:
     """A cold resume that did not come to its end: the row still says how it ended before."""
+    own_overlays_back(host, record)
     by_itself = (record.reason or "").startswith("guest-")
     record.state = "stopped" if by_itself else "failed"
     record.process, record.root = None, None
     host.catalog.put_sandbox(record)
+
+
+def own_overlays_back(host: Host, record: SandboxRecord) -> None:
+    """The row names a sandbox's own overlays: a cold resume that stood on a snapshot (`root`) may
+    have set them aside, and fresh ones over that snapshot are nobody's."""
+    directory, own = host.home.sandbox(record.id), [*chain(*record.overlays)]
+    for path in map(directory.joinpath, own):
+        if not path.exists() and set_aside(path).exists():
+            set_aside(path).rename(path)
+    if record.root is not None:
+        for path in directory.glob("disk*.qcow2"):
+            if path.name not in own:
+                path.unlink()
+
+
+def set_aside(overlay: Path) -> Path:
+    """Where an overlay is kept when its sandbox was booted without it."""
+    return overlay.with_name(f"{overlay.name}.damaged")
 
 
 def settle_paused(host: Host, record: SandboxRecord) -> None:

@@ -72,14 +72,22 @@ class Start(Verb):
         record = self.record
         record.overlays = [[new_overlay_name(i)] for i in range(len(record.disks_bytes))]
         self.host.catalog.put_sandbox(record)
+        self.make_overlays()
+
+    def overlays(self) -> list[list[str]]:
+        """The file names that its disks write to, one for each."""
+        return self.record.overlays
+
+    def make_overlays(self) -> None:
+        """Make them, empty."""
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        for [name], size in zip(record.overlays, record.disks_bytes, strict=True):
+        for [name], size in zip(self.overlays(), self.record.disks_bytes, strict=True):
             self.host.templates.overlay(size, self.directory / name)
         # A guest's fsync reaches its overlay; the overlay's name must be on the disk as well.
         self.overlays_safe = self.host.aside(self._sync_overlays)
 
     def _sync_overlays(self) -> None:
-        for name in chain(*self.record.overlays):
+        for name in chain(*self.overlays()):
             fsync_path(self.directory / name)
         fsync_path(self.directory)
         fsync_path(self.directory.parent)  # of a new sandbox the directory is new as well
@@ -95,7 +103,7 @@ class Start(Verb):
     def _plan(self) -> StartPlan:
         record = self.record
         assert record.identity is not None
-        overlays = [self.directory / name for [name] in record.overlays]
+        overlays = [self.directory / name for [name] in self.overlays()]
         return StartPlan(
             sandbox=record.id,
             identity=vmm_identity(record.identity),

@@ -13,14 +13,13 @@ behind for the next capture.
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diapause import _core
-from diapause.errors import BlobDamaged, BlobMissing
-from diapause.limits import SUBPROCESS_S
-from diapause.units import GIB, pages
+from diapause.errors import BlobMissing
+from diapause.snapshot.qemu_img import MEMORY_BYTES, qemu_img
+from diapause.units import pages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 
 _LEAKS = 3  # of `qemu-img check`
-_MEMORY_BYTES = 2 * GIB  # addresses of a `qemu-img`
 
 
 @dataclass(frozen=True)
@@ -97,29 +95,19 @@ def open_overlay(overlay: Path, size_bytes: int) -> _core.PageSource:
 
 def map_overlay(overlay: Path) -> bytes:
     """Which ranges an overlay holds, and at which offset of its file."""
-    return _qemu_img(overlay, "map", "-U", "--output=json", "-f", "qcow2", str(overlay))
+    map_ = ("map", "-U", "--output=json", "-f", "qcow2", str(overlay))
+    return qemu_img(overlay, *map_, memory_bytes=MEMORY_BYTES)
 
 
 def check_structure(overlay: Path, size_bytes: int, *, folding: bool = False) -> None:
     """Compare the tables of an overlay that nobody writes with each other.
 
     Clusters that nobody uses are none of its damage: a killed VMM leaves some. The head of one that
-    may be `folding` may say what is below it, which is not opened. Raises BlobDamaged.
+    may be `folding` may say what is below it, which is not opened. Raises BlobDamaged, and
+    StorageFailed where they could not be compared, which is no word of the overlay.
     """
     _core.check_overlay(str(overlay), size_bytes, folding)
     file = {"driver": "file", "filename": str(overlay)}
     alone = json.dumps({"driver": "qcow2", "backing": None, "file": file})
-    _qemu_img(overlay, "check", "-U", "-q", f"json:{alone}", sound=(0, _LEAKS))
-
-
-def _qemu_img(overlay: Path, *arguments: str, sound: tuple[int, ...] = (0,)) -> bytes:
-    """Run it, in bounded time and memory: what it reads may be made to take much of both."""
-    command = ["prlimit", f"--as={_MEMORY_BYTES}", "qemu-img", *arguments]
-    blob = f"{overlay.parent.name}/{overlay.name}"
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=SUBPROCESS_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BlobDamaged(blob=blob, cause=str(error)) from error
-    if done.returncode not in sound:
-        raise BlobDamaged(blob=blob, cause=done.stderr.decode(errors="replace").strip()[-500:])
-    return done.stdout
+    check = ("check", "-U", "-q", f"json:{alone}")
+    qemu_img(overlay, *check, sound=(0, _LEAKS), memory_bytes=MEMORY_BYTES)
