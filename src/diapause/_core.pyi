@@ -174,13 +174,16 @@ def write_out(buffer: str, out: str) -> CaptureInfo:
 def capture_info(path: str) -> CaptureInfo:
     """Read the head of a capture file or buffer."""
 
-def check_blobs(blobs: list[tuple[str, str, str]], threads: int = 2) -> list[tuple[int, str, bool]]:
+def check_blobs(
+    blobs: list[tuple[str, str, str]], threads: int = 2
+) -> list[tuple[int, str, Literal["damaged", "missing", "unread"]]]:
     """Read blobs whole: (kind, path, what it has to be), on threads, in bounded memory.
 
     Kinds: ``build`` and its id, ``header`` or ``whole`` and the digest, ``flat`` and the path of
     its sums, ``capture`` and the file that it spilled to or nothing, ``read`` and nothing: that is
     read to its end and compared with nothing. Returns the number of each that is not right, the
-    cause, and whether it is missing.
+    cause, and what that says of it: `unread` is nothing, since descriptors, memory or permission
+    were wanting.
     """
 
 @final

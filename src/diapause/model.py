@@ -232,11 +232,13 @@ class CheckRequest(Strict):
 
 
 class Damage(Answer):
-    """A blob that is not what it has to be, whom that costs, and how it was mended."""
+    """A blob that is not what it has to be, whom that costs, and how it was mended. Of one that is
+    `unread` nothing is known: descriptors, memory or permission were wanting."""
 
     blob: str
     cause: str
     missing: bool = False
+    unread: bool = False
     snapshots: list[str] = []
     sandboxes: list[str] = []
     repaired: str | None = None

@@ -45,7 +45,7 @@ def test_it_is_cancelled_between_two_pieces(blobs: Blobs, monkeypatch: pytest.Mo
     read = _core.check_blobs
     pieces = []
 
-    def cancelling(jobs: list[tuple[str, str, str]], threads: int) -> list[tuple[int, str, bool]]:
+    def cancelling(jobs: list[tuple[str, str, str]], threads: int) -> Any:
         pieces.append(jobs)
         if len(pieces) == 2:
             asked.cancel()

@@ -9,12 +9,18 @@ import pytest
 
 from diapause import _core
 from diapause.catalog import SnapshotRecord
-from diapause.model import CheckAnswer, Damage
+from diapause.errors import BlobDamaged, DiapauseError, StorageFailed
+from diapause.model import CheckAnswer, CheckRequest, Damage
 from diapause.sandbox.host import Host
+from diapause.sandbox.upkeep import unpacked
 from diapause.sandbox.upkeep.check import check
 from diapause.sandbox.upkeep.repair import Repair
+from diapause.snapshot.capture import check_structure
 from diapause.store.home import Home
 from tests.framework import captured_home as made
+from tests.framework.catalog_tap import Tap
+from tests.framework.sandbox import Daemon
+from tests.framework.strace import failing, recorded
 
 
 @pytest.fixture
@@ -156,3 +162,120 @@ def test_a_repair_that_ends_at_any_step_is_done_again(host: Host, step: str) -> 
     assert all(damage.repaired for damage in left.damage)
     assert state(host, record.id) == "packed"
     assert check(host).damage == []
+
+
+# -- what is said of a row is said for good --------------------------------------------------------
+
+
+def reported_once(monkeypatch: pytest.MonkeyPatch, name: str, kind: str, times: int = 1) -> None:
+    """A reading of this file finds something that is not there, so many times."""
+    read, left = _core.check_blobs, [kind] * times
+
+    def reporting(jobs: list[tuple[str, str, str]], threads: int) -> list[tuple[int, str, str]]:
+        found: list[tuple[int, str, str]] = [*read(jobs, threads)]
+        for at, (_, path, _) in enumerate(jobs):
+            if path.endswith(name) and left:
+                found.append((at, "so it was said", left.pop()))
+        return found
+
+    monkeypatch.setattr(_core, "check_blobs", reporting)
+
+
+@pytest.mark.parametrize("name", ["memory.header", "device-state", "memory", "disk0.0.qcow2"])
+def test_what_is_whole_when_it_is_read_again_costs_nobody_a_snapshot(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One reading that failed is no reason for a row that nobody takes back."""
+    packed = name == "memory.header"
+    record = made.packed(host, flat=False) if packed else made.capture(host)
+    reported_once(monkeypatch, f"{record.id}/{name}", "damaged")
+    found = one(repair(host))
+    assert found.cause == "so it was said"
+    assert found.repaired is not None
+    assert "read again" in found.repaired
+    assert state(host, record.id) == record.state
+    assert "repaired" not in [event.kind for event in host.catalog.journal.events()]
+
+
+def test_an_overlay_is_compared_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of captures that are not packed; its tables are compared before anything else is read."""
+    record, compare = made.capture(host), check_structure
+    errors = [BlobDamaged(blob="disk0", cause="once")]
+
+    def comparing(overlay: Path, size: int, *, folding: bool = False) -> None:
+        if errors:
+            raise errors.pop()
+        compare(overlay, size, folding=folding)
+
+    monkeypatch.setattr(unpacked, "check_structure", comparing)
+    assert one(repair(host)).repaired is not None
+    assert state(host, record.id) == "captured"
+
+
+@pytest.mark.parametrize("name", ["memory.header", "device-state"])
+def test_what_can_not_be_read_is_said_and_is_no_loss(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Descriptors that are wanting say nothing of the file, however often it is tried."""
+    record = made.packed(host, flat=False)
+    reported_once(monkeypatch, f"{record.id}/{name}", "unread", times=2)
+    found = one(repair(host))
+    assert (found.unread, found.repaired) == (True, None)
+    assert state(host, record.id) == "packed"
+
+
+def test_a_tool_that_could_not_be_run_is_no_loss(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = made.capture(host)
+
+    def unable(overlay: Path, *_: object, **__: object) -> None:
+        raise StorageFailed(what=overlay.name, cause="qemu-img could not be run")
+
+    monkeypatch.setattr(unpacked, "check_structure", unable)
+    found = one(repair(host))
+    assert (found.unread, found.repaired) == (True, None)
+    assert found.cause == "it could not be read: qemu-img could not be run"
+    assert state(host, record.id) == "captured"
+
+
+@pytest.mark.parametrize("name", ["memory.header", "device-state"])
+def test_what_is_damaged_both_times_is_lost(host: Host, name: str) -> None:
+    record = made.packed(host, flat=False)
+    spoil(host.home.snapshot(record.id) / name)
+    assert one(repair(host)).repaired is None
+    assert state(host, record.id) == "failed"
+
+
+@pytest.mark.parametrize(
+    "every", [24, pytest.param(1, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
+)
+def test_an_open_that_fails_loses_no_snapshot(home: Home, every: int) -> None:
+    """In the real daemon and its tools: the first opens, and one of so many of the others. strace
+    counts them in each thread, so that the first of a thread that reads fails both times."""
+    with made.host_of(home) as host:
+        packed = made.packed(host)
+        captured = made.capture(host, seed=400, parent=packed.id)
+    kept = {packed.id: "packed", captured.id: "captured"}
+    daemon, repairing = Daemon(home), CheckRequest(repair=True)
+    unread, refused = set[str](), set[str]()
+    with Tap(home).packing_fails():
+        assert states(daemon) == kept
+        with recorded(daemon.pid) as calls:
+            assert daemon.client.check(repairing).damage == []
+        opened = sum(call.name == "openat" and call.process == 0 for call in calls)
+        for when in [*range(1, 10), *range(10, opened + 1, every)]:
+            with failing(daemon.pid, "openat", "EMFILE", when):
+                try:
+                    found = daemon.client.check(repairing).damage
+                    unread |= {damage.blob for damage in found if damage.unread}
+                except DiapauseError as error:
+                    refused.add(error.code)
+            assert states(daemon) == kept, when
+        daemon.stop()
+    assert refused <= {StorageFailed.code}
+    assert unread
+
+
+def states(daemon: Daemon) -> dict[str, str]:
+    return {row.id: row.state for row in daemon.client.snapshots()}

@@ -33,11 +33,13 @@ fn blob(kind: &str, path: PathBuf, known: &str) -> PyResult<Blob> {
     }
 }
 
-fn cause(error: Error) -> (String, bool) {
+/// What was found, and of which kind: nothing is known of what could not be read.
+fn cause(error: Error) -> (String, &'static str) {
     match error {
-        Error::Missing { .. } => ("it is missing".to_owned(), true),
-        Error::Damaged { cause, .. } => (cause, false),
-        other => (other.to_string(), false),
+        Error::Missing { .. } => ("it is missing".to_owned(), "missing"),
+        Error::Damaged { cause, .. } => (cause, "damaged"),
+        Error::Storage { cause, .. } => (format!("it could not be read: {cause}"), "unread"),
+        other => (format!("it could not be read: {other}"), "unread"),
     }
 }
 
@@ -47,15 +49,15 @@ fn check_blobs(
     py: Python<'_>,
     blobs: Vec<(String, PathBuf, String)>,
     threads: usize,
-) -> PyResult<Vec<(usize, String, bool)>> {
+) -> PyResult<Vec<(usize, String, &'static str)>> {
     let blobs = blobs
         .into_iter()
         .map(|(kind, path, known)| blob(&kind, path, &known))
         .collect::<PyResult<Vec<_>>>()?;
     let found = py.detach(|| check(&blobs, threads));
     let told = found.into_iter().map(|(at, error)| {
-        let (cause, missing) = cause(error);
-        (at, cause, missing)
+        let (cause, kind) = cause(error);
+        (at, cause, kind)
     });
     Ok(told.collect())
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diapause import _core, operation
+from diapause.errors import BlobDamaged, BlobMissing
 from diapause.model import CheckedKind, Damage
 from diapause.store.files import allocated_bytes
 from diapause.units import MIB
 
 if TYPE_CHECKING:
+    from diapause.errors import DiapauseError
     from diapause.sandbox.host import Host
 
 How = Literal["digest", "compared", "structure", "read"]
@@ -67,15 +70,32 @@ class Blobs:
 
     def found(
         self, path: Path, cause: str, costs: list[str], *, missing: bool = False,
-        sandboxes: list[str] | None = None,
+        unread: bool = False, sandboxes: list[str] | None = None,
     ) -> None:  # fmt: skip
         """Note damage that was seen at once."""
         self.damage.append(
             Damage(
-                blob=self.name(path), cause=cause, missing=missing, snapshots=costs,
-                sandboxes=sandboxes or [],
+                blob=self.name(path), cause=cause, missing=missing, unread=unread,
+                snapshots=costs, sandboxes=sandboxes or [],
             )
         )  # fmt: skip
+
+    def failed(
+        self, path: Path, error: DiapauseError | OSError, costs: list[str],
+        sandboxes: list[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Note what came of looking at a file: a disk that refuses a read is damage, as in
+        `_core.check_blobs`, and any other refusal says nothing of the file."""
+        if isinstance(error, OSError):
+            unread, cause = error.errno != errno.EIO, str(error)
+        else:
+            unread = error.code not in (BlobMissing.code, BlobDamaged.code)
+            cause = str(error.fields.get("cause", error))
+        missing = isinstance(error, BlobMissing)
+        cause = (
+            "it is missing" if missing else f"it could not be read: {cause}" if unread else cause
+        )
+        self.found(path, cause, costs, missing=missing, unread=unread, sandboxes=sandboxes)
 
     def read(self) -> None:
         """Read all of them and note what is not what it has to be; can be cancelled in between."""
@@ -93,12 +113,12 @@ class Blobs:
         operation.progress(total, total, "reading")
 
     def _read(self, jobs: list[Job]) -> None:
-        for at, cause, missing in _core.check_blobs([job.core for job in jobs], threads()):
+        for at, cause, kind in _core.check_blobs([job.core for job in jobs], threads()):
             job = jobs[at]
             self.damage.append(
                 Damage(
-                    blob=job.blob, cause=cause, missing=missing, snapshots=job.costs,
-                    sandboxes=job.sandboxes,
+                    blob=job.blob, cause=cause, missing=kind == "missing", unread=kind == "unread",
+                    snapshots=job.costs, sandboxes=job.sandboxes,
                 )
             )  # fmt: skip
 

@@ -79,6 +79,20 @@ def _read_packed(blobs: Blobs, wanted: list[SnapshotRecord]) -> None:
     blobs.merge(again)
 
 
+def look_again(host: Host, found: list[Damage]) -> dict[str, Damage]:
+    """Read once more what costs snapshots; what is still not whole, by its name."""
+    names = {damage.blob for damage in found}
+    costs = {snapshot for damage in found for snapshot in damage.snapshots}
+    blobs = Blobs(host)
+    with host.gate.publishing():
+        _, snapshots = host.catalog.everything()
+        wanted = [row for row in snapshots if row.id in costs and row.state != "failed"]
+        _add_snapshots(blobs, wanted, snapshots)
+        blobs.jobs = [job for job in blobs.jobs if job.blob in names]
+        blobs.read()
+    return {damage.blob: damage for damage in blobs.damage if damage.blob in names}
+
+
 def _users(damage: Damage, sandboxes: list[SandboxRecord]) -> list[str]:
     image = damage.blob.split("/")[1] if damage.blob.startswith("images/") else None
     flat = damage.blob.split("/")[1] if damage.blob.startswith("flat/") else None
@@ -139,13 +153,8 @@ def _check_manifest(blobs: Blobs, record: SnapshotRecord) -> None:
     blobs.count("manifest", "compared", path)
     try:
         data = read_file(path, str(path), MANIFEST_BYTES_MAX)
-    except DiapauseError as error:
-        missing = error.code == "blob_missing"
-        cause = "it is missing" if missing else str(error.fields.get("cause"))
-        blobs.found(path, cause, [record.id], missing=missing)
-        return
-    except OSError as error:
-        blobs.found(path, str(error), [record.id])
+    except (DiapauseError, OSError) as error:
+        blobs.failed(path, error, [record.id])
         return
     if data != manifest_bytes(record):
         blobs.found(path, "it differs from the catalog's record", [record.id])
@@ -221,7 +230,7 @@ def _add_empty_overlay(blobs: Blobs, place: Path, size_bytes: int) -> None:
     try:
         check_structure(place, size_bytes)
     except DiapauseError as error:
-        blobs.found(place, str(error.fields.get("cause", error)), [])
+        blobs.failed(place, error, [])
         return
     blobs.add("read", place, "", [], called="template", how="structure")
 

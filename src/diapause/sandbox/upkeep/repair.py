@@ -3,11 +3,13 @@
     check      read everything
     builds     a damaged build is packed again from flat files that have its pages
     files      damaged flat files and digests are dropped and made again; manifests are written anew
-    rows       a snapshot that lacks anything else becomes failed, with the blob's name
+    rows       what is left is read again; a snapshot that lacks it becomes failed, with the
+               blob's name
 
 A build is named by what it holds, so one that was made again is that build or gets no name. A
 snapshot that failed keeps its files: whoever brings the blob back from another copy can still read
-it. A kill at any step leaves damage that the next check finds.
+it. What could not be read, since descriptors, memory or permission were wanting, costs nobody
+anything. A kill at any step leaves damage that the next check finds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import msgspec
 from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing, DiapauseError
 from diapause.sandbox.upkeep import world
-from diapause.sandbox.upkeep.check import check
+from diapause.sandbox.upkeep.check import check, look_again
 from diapause.sandbox.upkeep.spare import sources_of
 from diapause.sandbox.verb import Verb
 from diapause.snapshot.manifest import manifest_bytes
@@ -102,13 +104,23 @@ class Repair(Verb):
         return "written again from the catalog"
 
     def do_rows(self) -> None:
-        """What is lost is said, by the blob's name."""
+        """What is lost is said, by the blob's name; there is no way back, so it is read again."""
+        left = [damage for damage in self.found.damage if damage.repaired is None]
+        again = look_again(self.host, [damage for damage in left if damage.snapshots])
         for damage in self.found.damage:
             if damage.repaired is not None:
                 self.host.event("repaired", blob=damage.blob, how=damage.repaired)
-                continue
-            for snapshot in damage.snapshots:
-                self._lose(snapshot, damage)
+            elif damage.snapshots and self._is_lost(damage, again.get(damage.blob)):
+                for snapshot in damage.snapshots:
+                    self._lose(snapshot, damage)
+
+    def _is_lost(self, damage: Damage, again: Damage | None) -> bool:
+        """Whether a blob was read twice, and was not whole the second time."""
+        if again is None:
+            damage.repaired = "not needed: it was whole when it was read again"
+        elif again.unread or damage.unread:
+            damage.cause, damage.missing, damage.unread = again.cause, again.missing, again.unread
+        return again is not None and not again.unread
 
     def _lose(self, snapshot: str, damage: Damage) -> None:
         error = BlobDamaged(blob=damage.blob, cause=damage.cause).to_dict()

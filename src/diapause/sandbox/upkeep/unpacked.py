@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diapause import _core, operation
-from diapause.errors import BlobMissing, DiapauseError
+from diapause.errors import DiapauseError
 from diapause.snapshot.capture import CaptureFiles, check_structure, open_overlay
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _add_overlay(
         if mapped:
             open_overlay(overlay, size)
     except DiapauseError as error:
-        _note(blobs, overlay, error, costs, sandboxes)
+        blobs.failed(overlay, error, costs, sandboxes)
         return
     blobs.add("read", overlay, "", costs, called="overlay", how="structure", sandboxes=sandboxes)
 
@@ -78,17 +78,9 @@ def _add_written(blobs: Blobs, overlay: Path, size: int, sandbox: str) -> None:
     try:
         _core.check_overlay(str(overlay), size)
     except DiapauseError as error:
-        _note(blobs, overlay, error, [], [sandbox])
+        blobs.failed(overlay, error, [], [sandbox])
         return
     blobs.add("read", overlay, "", [], called="overlay in use", how="read", sandboxes=[sandbox])
-
-
-def _note(
-    blobs: Blobs, overlay: Path, error: DiapauseError, costs: list[str], sandboxes: list[str]
-) -> None:
-    missing = error.code == BlobMissing.code
-    cause = "it is missing" if missing else str(error.fields.get("cause", error))
-    blobs.found(overlay, cause, costs, missing=missing, sandboxes=sandboxes)
 
 
 def still_there(blobs: Blobs, before: list[SandboxRecord]) -> None:
