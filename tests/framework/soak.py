@@ -224,7 +224,14 @@ class Slot:
     # -- after a failure -------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Bring the sandbox back to running, whatever it was in; a dead one begins again."""
+        """Bring the sandbox back to running, whatever it was in; a dead one begins again.
+
+        Where the daemon is killed under this as well, the next round comes here again.
+        """
+        with contextlib.suppress(DaemonUnreachable):
+            self._bring_back()
+
+    def _bring_back(self) -> None:
         state = self._state()
         if state in ("failed", "stopped"):
             self._begin_again()
