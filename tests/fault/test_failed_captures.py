@@ -6,7 +6,6 @@ what it held: its pages belong into the next capture, wherever they lie.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from diapause.errors import DiapauseError
+from diapause.model import GcRequest
 from diapause.sandbox.pause import Pause, Save
 from diapause.units import MIB
 from tests.framework.catalog_tap import Place, Tap, at_snapshot, before_step
@@ -196,5 +196,4 @@ def test_a_pause_killed_after_a_save_that_spilled(
 def room(daemon: Daemon) -> Iterator[None]:
     """Flat files are as large as a guest's memory, and none is in use between two tests."""
     yield
-    for flat in daemon.home.flat.iterdir():
-        shutil.rmtree(flat)
+    daemon.client.gc(GcRequest())

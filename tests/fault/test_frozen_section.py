@@ -34,10 +34,9 @@ class Vmm:
     def command(self, name: str, **_: object) -> None:
         self._do(name)
 
-    def checked(self, name: str) -> list[dict[str, Any]]:
+    def checked(self, name: str, **_: object) -> str:
         self._do(name)
-        inserted = {"node-name": "disk0-0000001"}
-        return [{"qdev": "/machine/peripheral/disk0/virtio-backend", "inserted": inserted}]
+        return "disk0-0000001"
 
     def stop(self) -> None:
         self._do("stop")
