@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from diapause.store.home import Home
 
 log = logging.getLogger("diapause.host")
-_AGAIN_S = 1.0
+_AGAIN_S, _AGAIN_S_MAX = 1.0, 60.0
 
 
 def tracker_path() -> Path | None:
@@ -87,7 +86,7 @@ class Host:
         self._watching: set[Future[object]] = set()
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
-        self.closing = False
+        self.closing, self._closed = False, threading.Event()
         # What is done about a verb that could not be put back; recovery says it, which knows verbs.
         self.settle_later: Callable[[str], object] = lambda sandbox: None
         self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
@@ -163,6 +162,7 @@ class Host:
     def close(self) -> None:
         """Let go of everything; guests go on."""
         self.closing = True
+        self._closed.set()
         self._background.shutdown(wait=True, cancel_futures=True)
         self._beside.shutdown(wait=True)
         self.digests.close()
@@ -182,13 +182,15 @@ class Host:
 
     def _settle(self, guest: Guest, reason: str) -> None:
         """Nobody else will: it is tried until it is done, whatever fails."""
+        pause_s = _AGAIN_S
         while not self.closing:
             try:
                 with self.locks.hold(guest.sandbox, END_S):
                     settle_end(self, guest, reason)
             except Exception:
                 log.exception("the end of %s", guest.sandbox)
-                time.sleep(_AGAIN_S)
+                self._closed.wait(pause_s)
+                pause_s = min(2 * pause_s, _AGAIN_S_MAX)
             else:
                 return
 
