@@ -9,6 +9,8 @@ Invariants:
   would find it and take it for committed. So something else is committed over it at once.
 - A connection can write. SQLite opens a file for reading where opening it for writing failed, if
   only once and for want of a descriptor, and stays with that: such a connection is let go.
+- When a database was closed, no connection is open and none is being closed: SQLite removes its log
+  as the last one goes, and whoever removes or copies the home next must not meet it doing so.
 
 Used from many threads: each has connections of its own, which go with it.
 """
@@ -49,11 +51,12 @@ def now() -> str:
 class _Held:
     """A thread's connection, closed when the thread has ended: a daemon sees many come and go."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self.db = db
+    def __init__(self, db: sqlite3.Connection, closing: threading.RLock) -> None:
+        self.db, self._closing = db, closing
 
     def __del__(self) -> None:
-        self.db.close()
+        with self._closing:
+            self.db.close()
 
 
 class Database:
@@ -64,6 +67,7 @@ class Database:
         self._local = threading.local()
         self._all: weakref.WeakSet[_Held] = weakref.WeakSet()
         self._write = threading.Lock()
+        self._closing = threading.RLock()  # a thread's end may come in the middle of the own close
 
     def connection(self, *, durable: bool = False) -> sqlite3.Connection:
         """This thread's connection, for reading; what it does is not in a transaction.
@@ -84,7 +88,8 @@ class Database:
                 sqlite3.connect(
                     self.path, timeout=BUSY_MS / 1000, isolation_level=None,
                     check_same_thread=False,
-                )
+                ),
+                self._closing,
             )  # fmt: skip
             held.db.execute("PRAGMA journal_mode = WAL")
             held.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -153,7 +158,7 @@ class Database:
 
     def close(self) -> None:
         """Close every connection, when nobody is in a transaction: SQLite would not survive it."""
-        with self._write:
+        with self._write, self._closing:
             for held in list(self._all):
                 held.db.close()
 
