@@ -11,7 +11,10 @@ from typing import Any, cast
 import pytest
 
 from diapause.errors import AgentRefused, AgentUnreachable
+from diapause.guest import protocol
+from diapause.guest.greeting import Greeting
 from diapause.guest.link import Link
+from diapause.guest.protocol import Welcome
 from diapause.sandbox.guests import Guest
 from diapause.sandbox.start import Start
 
@@ -110,3 +113,35 @@ def test_a_vmm_that_takes_no_connections_does_not_hold_up_the_daemon() -> None:
             await asked
 
     asyncio.run(scene())
+
+
+def _welcome(realtime_ns: int) -> Welcome:
+    return Welcome(
+        protocol=protocol.PROTOCOL, nonce="", version="1", boot_id="b", incarnation="i", epoch=1,
+        resumed=False, received=0, realtime_ns=realtime_ns, monotonic_ns=0, pid=1, failed=[],
+    )  # fmt: skip
+
+
+def _greeting(monkeypatch: pytest.MonkeyPatch, took_s: float) -> list[bool]:
+    """One whose agent takes so long each time and is as far behind; what was made of the answers
+    until one was good enough."""
+    now, judged = [1e9], list[bool]()
+    clock = SimpleNamespace(time_ns=lambda: int(now[0] * 1e9), monotonic=lambda: now[0])
+    monkeypatch.setattr("diapause.guest.greeting.time", clock)
+    greeting = Greeting("link", 0, None)
+    while not judged or (not judged[-1] and len(judged) < 20):
+        for message in greeting.hello():
+            message()
+        now[0] += took_s
+        judged.append(greeting.judge(_welcome(int((now[0] - took_s / 2) * 1e9))))
+        assert greeting.later() >= min(2 * took_s, 10.0), "a repeat before its answer can come"
+    return judged
+
+
+@pytest.mark.parametrize(("took_s", "exchanges"), [(0.01, 1), (0.5, 8), (3.0, 2), (9.0, 1)])
+def test_a_slow_agent_is_given_time_and_believed_within_a_bound(
+    monkeypatch: pytest.MonkeyPatch, took_s: float, exchanges: int
+) -> None:
+    """The more an exchange takes the fewer of them there are until the likeliest error decides."""
+    judged = _greeting(monkeypatch, took_s)
+    assert judged == [False] * (exchanges - 1) + [True]

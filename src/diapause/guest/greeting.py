@@ -22,9 +22,13 @@ _NONCE_LEN = 16
 _FIRST_REPEAT_S = 1.0
 _REPEAT_FACTOR = 1.5
 _REPEAT_MAX_S = 10.0
-_PROOFS_MAX = 8  # exchanges after which the likeliest clock error decides, not the largest possible
+# After so many exchanges, or so long, the likeliest clock error decides, not the largest possible:
+# a guest with much to do on a host with much to do takes seconds for each.
+_PROOFS_MAX, _PROOFS_S = 8, 6.0
+_SLOWER = 2  # how much later than the last answer the next one may come before a repeat
 _HURRIED_MAX = 4  # exchanges that follow each other without a pause
 _NS_PER_MS = 1_000_000
+_NS_PER_S = 1_000_000_000
 
 
 class Greeting:
@@ -45,6 +49,7 @@ class Greeting:
         self._sent_ns = 0
         self._delay_ns = 0  # how long the last HELLO probably took to reach the agent
         self._exchanges = 0
+        self._began = time.monotonic()
 
     def hello(self) -> list[Callable[[], bytes]]:
         """The messages of a new HELLO; its clock is read when it leaves."""
@@ -74,14 +79,18 @@ class Greeting:
             )
         now_ns = time.time_ns()
         self._exchanges += 1
-        self._repeat_s = _FIRST_REPEAT_S
+        took_s = (now_ns - self._sent_ns) / _NS_PER_S
+        # A repeat makes the answer to what it repeats worthless: it must not come too early.
+        self._repeat_s = min(max(_FIRST_REPEAT_S, _SLOWER * took_s), _REPEAT_MAX_S)
         welcome.failed = protocol.clean_list(welcome.failed)
         welcome.version = protocol.clean_text(welcome.version)
         welcome.boot_id = protocol.clean_text(welcome.boot_id)
         # The guest read its clock somewhere between the two instants that the host knows.
         worst = max(abs(now_ns - welcome.realtime_ns), abs(welcome.realtime_ns - self._sent_ns))
         likely = abs((now_ns + self._sent_ns) // 2 - welcome.realtime_ns)
-        error_ns = worst if self._exchanges < _PROOFS_MAX else likely
+        soon = time.monotonic() < self._began + _PROOFS_S
+        proving = soon and self._exchanges < _PROOFS_MAX
+        error_ns = worst if proving else likely
         welcome.clock_error_ms = error_ns / _NS_PER_MS
         self._delay_ns = (now_ns - self._sent_ns) // 2
         if any(cause.startswith("clock") for cause in welcome.failed):
