@@ -11,6 +11,7 @@ use crate::header_read::HeaderReader;
 const ROOM_EXTENTS: u64 = 1 << 20;
 
 /// Every extent of one verified header.
+#[derive(Debug)]
 pub struct HeaderIndex {
     summary: HeaderSummary,
     starts: Vec<u32>,
@@ -76,27 +77,36 @@ impl HeaderIndex {
         Some(first.after(page - u64::from(self.starts[at])))
     }
 
+    /// The extents in order, from the one on that has `page`; none beyond the device.
+    pub fn extents_from(&self, page: u64) -> impl Iterator<Item = Extent> + '_ {
+        let after = self
+            .starts
+            .partition_point(|start| u64::from(*start) <= page);
+        let first = match page < self.summary.page_count {
+            true => after - 1,
+            false => self.starts.len(),
+        };
+        (first..self.starts.len()).map(|at| self.extent(at))
+    }
+
+    fn extent(&self, at: usize) -> Extent {
+        let page = u64::from(self.starts[at]);
+        let end = self
+            .starts
+            .get(at + 1)
+            .map_or(self.summary.page_count, |next| u64::from(*next));
+        Extent {
+            page,
+            length: end - page,
+            target: Target {
+                build: self.builds[at].into(),
+                position: self.positions[at].into(),
+            },
+        }
+    }
+
     /// The extents in order.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
-        let ends = self.starts[1.min(self.starts.len())..]
-            .iter()
-            .map(|start| u64::from(*start));
-        let ends = ends.chain([self.summary.page_count]);
-        self.starts
-            .iter()
-            .zip(ends)
-            .enumerate()
-            .map(|(at, (start, end))| {
-                let page = u64::from(*start);
-                let target = Target {
-                    build: self.builds[at].into(),
-                    position: self.positions[at].into(),
-                };
-                Extent {
-                    page,
-                    length: end - page,
-                    target,
-                }
-            })
+        (0..self.starts.len()).map(|at| self.extent(at))
     }
 }

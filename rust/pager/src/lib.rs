@@ -1,0 +1,19 @@
+//! Serves the pages of snapshots to VMMs that run, before anybody has read them as a whole.
+//!
+//! Two processes, one pair for each home. The **pager** answers page faults; the **keeper** holds
+//! what a pager must not lose with its life: the FUSE device, the descriptors of VMMs and what each
+//! file stands for. Each starts the other again. `docs/pager.md` says who owns what and what
+//! happens at each death.
+//!
+//! Invariants:
+//! - A page that is served is right: verified up to the digest of the header that maps it.
+//! - Where it can't be, the access waits; after a bound the VMM is killed, *then* the access fails.
+//! - Who holds the FUSE device never touches a file on it.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod blobs;
+pub mod build;
+pub mod device;
+pub mod packet;
+pub mod spec;
+pub mod wire;

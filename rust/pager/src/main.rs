@@ -1,0 +1,3 @@
+//! The processes `pager` and `keeper` of a home.
+
+fn main() {}
