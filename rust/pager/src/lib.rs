@@ -13,7 +13,18 @@
 
 pub mod blobs;
 pub mod build;
+pub mod clients;
+pub mod control;
 pub mod device;
+pub mod fuse;
+pub mod held;
+pub mod keep;
+pub mod keeper;
+pub mod kept;
+pub mod nodes;
 pub mod packet;
+pub mod seen;
+pub mod server;
+pub mod service;
 pub mod spec;
 pub mod wire;

@@ -1,0 +1,264 @@
+//! What clients ask of the pager, over a SOCK_SEQPACKET socket: `docs/formats/pager-protocol.md`.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::socket::{accept4, SockFlag};
+use serde::{Deserialize, Serialize};
+
+use crate::clients::{pid_of, Client, ClientText};
+use crate::packet::{self, Packet};
+use crate::server::Server;
+use crate::service::Service;
+use crate::spec::DeviceSpec;
+
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 64;
+/// Files that one VMM runs on.
+const FILES_MAX: usize = 64;
+/// Names in one answer.
+const NAMES_MAX: usize = 256;
+const GREETING: Duration = Duration::from_secs(10);
+
+/// What is asked.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum Ask {
+    /// Who is there; the answer comes with the mount.
+    Hello {},
+    /// A file, new or pointed elsewhere.
+    Put { name: String, spec: DeviceSpec },
+    /// A file goes; nobody runs on it.
+    Remove { name: String },
+    /// Names of files behind `after`, in order.
+    Names { after: String },
+    /// A VMM runs on files; a handle of its process comes with it.
+    Attach { sandbox: String, files: Vec<String> },
+    /// A VMM has ended, or never ran.
+    Detach { sandbox: String },
+    /// What is known of a sandbox.
+    Seen { sandbox: String },
+    /// Both processes are to end.
+    Stop {},
+}
+
+/// What is answered.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    Ok(serde_json::Value),
+    Error(String),
+}
+
+type Answered = Result<(serde_json::Value, Vec<OwnedFd>), String>;
+
+/// Takes connections, each into a thread of its own; does not return.
+pub fn listen(listener: &OwnedFd, service: &Arc<Service>) {
+    static OPEN: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let Ok(connection) = accept(listener) else {
+            std::thread::sleep(Duration::from_millis(50)); // no descriptor for it now
+            continue;
+        };
+        if OPEN.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
+            OPEN.fetch_sub(1, Ordering::SeqCst);
+            let _ = send(&connection, &Err("too many connections".to_owned()));
+            continue;
+        }
+        let service = service.clone();
+        let thread = std::thread::Builder::new().name("control".to_owned());
+        let started = thread.stack_size(256 << 10).spawn(move || {
+            while let Ok(Some(packet)) = packet::receive(connection.as_fd()) {
+                let answered = answer(&service, packet);
+                let ends = answered.as_ref().is_ok_and(|(value, _)| value == "stopped");
+                if send(&connection, &answered).is_err() || ends {
+                    break;
+                }
+            }
+            OPEN.fetch_sub(1, Ordering::SeqCst);
+        });
+        if started.is_err() {
+            OPEN.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn send(connection: &OwnedFd, answered: &Answered) -> io::Result<()> {
+    let (answer, fds) = match answered {
+        Ok((value, fds)) => (Answer::Ok(value.clone()), &fds[..]),
+        Err(error) => (Answer::Error(error.clone()), &[][..]),
+    };
+    packet::send(connection.as_fd(), &answer, &packet::borrowed(fds))
+}
+
+fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
+    let ask: Ask = packet.parse().map_err(|error| error.to_string())?;
+    let server = &service.server;
+    let said = match ask {
+        Ask::Hello {} => return hello(service),
+        Ask::Put { name, spec } => put(service, &name, &spec)?,
+        Ask::Remove { name } => remove(service, &name)?,
+        Ask::Names { after } => names(server, &after),
+        Ask::Attach { sandbox, files } => attach(service, &sandbox, files, packet.fds)?,
+        Ask::Detach { sandbox } => detach(service, &sandbox)?,
+        Ask::Seen { sandbox } => seen(server, &sandbox)?,
+        Ask::Stop {} => stop(service)?,
+    };
+    Ok((said, Vec::new()))
+}
+
+fn hello(service: &Arc<Service>) -> Answered {
+    let greeted = service.wait_for_kernel(GREETING);
+    let (minor, resend) = greeted.ok_or("the kernel does not greet the pager")?;
+    let mount = service.server.fuse.mount_fd().try_clone();
+    let said = serde_json::json!({
+        "instance": service.settings.instance, "pid": std::process::id(),
+        "keeper_pid": service.keep.keeper_pid(), "version": env!("CARGO_PKG_VERSION"),
+        "kernel_minor": minor, "replaceable": resend,
+    });
+    Ok((said, vec![mount.map_err(|error| error.to_string())?]))
+}
+
+fn put(service: &Service, name: &str, spec: &DeviceSpec) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let nodes = &service.server.nodes;
+    let text = nodes.plan(name, spec)?;
+    // The number first: it may never be given again, whatever becomes of this process.
+    let last = text.number.max(nodes.last());
+    let kept = |error: io::Error| error.to_string();
+    service
+        .keep
+        .put("numbers", &last, Some(Vec::new()))
+        .map_err(kept)?;
+    let key = format!("node/{name}");
+    service
+        .keep
+        .put(&key, &text, Some(Vec::new()))
+        .map_err(kept)?;
+    nodes.put(name, text);
+    Ok(serde_json::json!({}))
+}
+
+fn remove(service: &Service, name: &str) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let runs_on = |client: &Arc<Client>| client.text().files.iter().any(|file| file == name);
+    if let Some(client) = service.server.clients.all().iter().find(|c| runs_on(c)) {
+        return Err(format!("{} runs on {name}", client.sandbox));
+    }
+    let key = format!("node/{name}");
+    service
+        .keep
+        .remove(&key)
+        .map_err(|error| error.to_string())?;
+    service.server.nodes.remove(name);
+    service.server.seen.forget(name);
+    Ok(serde_json::json!({}))
+}
+
+fn names(server: &Server, after: &str) -> serde_json::Value {
+    let names = server.nodes.names();
+    let from = names.partition_point(|name| name.as_str() <= after);
+    let some: Vec<_> = names[from..].iter().take(NAMES_MAX).collect();
+    serde_json::json!({ "names": some })
+}
+
+fn attach(
+    service: &Service,
+    sandbox: &str,
+    files: Vec<String>,
+    fds: Vec<OwnedFd>,
+) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let [process]: [OwnedFd; 1] = fds
+        .try_into()
+        .map_err(|_| "one handle of a process has to come with this")?;
+    let pid = pid_of(&process).map_err(|_| "the process is gone, or this is no handle of one")?;
+    if files.len() > FILES_MAX {
+        return Err(format!("a VMM runs on {FILES_MAX} files at most"));
+    }
+    if let Some(missing) = files
+        .iter()
+        .find(|file| service.server.nodes.find(file).is_none())
+    {
+        return Err(format!("there is no file {missing}"));
+    }
+    let text = ClientText {
+        pid,
+        files,
+        killed: None,
+    };
+    let ours = process.try_clone().map_err(|error| error.to_string())?;
+    let key = format!("client/{sandbox}");
+    service
+        .keep
+        .put(&key, &text, Some(vec![ours]))
+        .map_err(|error| error.to_string())?;
+    service
+        .server
+        .clients
+        .add(Client::new(sandbox, text, process));
+    Ok(serde_json::json!({}))
+}
+
+fn detach(service: &Service, sandbox: &str) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let client = service.server.clients.get(sandbox);
+    let killed = client.as_ref().and_then(|client| client.text().killed);
+    service
+        .keep
+        .remove(&format!("client/{sandbox}"))
+        .map_err(|error| error.to_string())?;
+    service.server.clients.remove(sandbox);
+    for file in client.iter().flat_map(|client| client.text().files) {
+        service.close_unused(&file);
+    }
+    Ok(serde_json::json!({ "killed": killed }))
+}
+
+fn seen(server: &Server, sandbox: &str) -> Result<serde_json::Value, String> {
+    let client = server
+        .clients
+        .get(sandbox)
+        .ok_or("no VMM of it runs here")?;
+    let text = client.text();
+    let files: Vec<_> = text
+        .files
+        .iter()
+        .filter_map(|name| {
+            let node = server.nodes.find(name)?;
+            let waits = server.held.of(node.number);
+            let stalled = waits.map(|(why, since)| {
+                serde_json::json!({
+                    "blob": why.blob, "cause": why.cause,
+                    "waited_ms": since.as_millis() as u64,
+                })
+            });
+            Some(serde_json::json!({
+                "name": name, "size_bytes": node.size_bytes, "stalled": stalled,
+                "seen": server.seen.of(name),
+            }))
+        })
+        .collect();
+    Ok(serde_json::json!({ "pid": text.pid, "killed": text.killed, "files": files }))
+}
+
+fn stop(service: &Arc<Service>) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let running = service.server.clients.all();
+    if let Some(client) = running.iter().find(|client| !client.has_ended()) {
+        return Err(format!("{} runs", client.sandbox));
+    }
+    service.keep.stop().map_err(|error| error.to_string())?;
+    service.end_soon();
+    Ok("stopped".into())
+}

@@ -1,0 +1,285 @@
+//! The files of the pager: names, numbers, and the devices behind them.
+//!
+//! A name stands for the same bytes for ever, and a number is never given twice: what the page
+//! cache has of a file can't be wrong, whoever opens it later.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+use serde::{Deserialize, Serialize};
+
+use crate::blobs::Directory;
+use crate::build::{Builds, Frames, Unreadable};
+use crate::device::Device;
+use crate::spec::DeviceSpec;
+use crate::wire::ROOT;
+
+/// Files at once.
+pub const NODES_MAX: usize = 16 << 10;
+/// Bytes of a name.
+const NAME_BYTES_MAX: usize = 128;
+
+/// What is kept of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeText {
+    /// Its number.
+    pub number: u64,
+    /// What it stands for.
+    pub spec: DeviceSpec,
+}
+
+/// One file.
+#[derive(Debug)]
+pub struct Node {
+    /// Its number.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub size_bytes: u64,
+    spec: Mutex<DeviceSpec>,
+    device: Mutex<Option<Arc<Device>>>,
+}
+
+impl Node {
+    /// What is kept of it.
+    pub fn text(&self) -> NodeText {
+        let spec = self.spec.lock().unwrap_or_else(PoisonError::into_inner);
+        NodeText {
+            number: self.number,
+            spec: spec.clone(),
+        }
+    }
+
+    /// The device, opened by the first who wants it. One that could not be opened is tried again
+    /// by the next.
+    ///
+    /// # Errors
+    /// Damaged, not available.
+    pub fn device(&self, open: &Open) -> Result<Arc<Device>, Unreadable> {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = &*device {
+            return Ok(device.clone());
+        }
+        let spec = self.text().spec;
+        let opened = Arc::new(Device::open(&spec, open.builds(&spec))?);
+        *device = Some(opened.clone());
+        Ok(opened)
+    }
+
+    /// Says that the bytes lie elsewhere now.
+    fn point(&self, spec: DeviceSpec) {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.spec.lock().unwrap_or_else(PoisonError::into_inner) = spec;
+        *device = None;
+    }
+
+    /// Forgets what was opened: nobody runs on it, or it was found to be damaged.
+    pub fn close(&self) {
+        *self.device.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// What devices share: builds by their place, frames.
+#[derive(Debug, Default)]
+pub struct Open {
+    frames: Arc<Frames>,
+    builds: Mutex<HashMap<std::path::PathBuf, Arc<Builds>>>,
+}
+
+impl Open {
+    fn builds(&self, spec: &DeviceSpec) -> Arc<Builds> {
+        let mut all = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || {
+            let source = Arc::new(Directory(spec.builds.clone()));
+            Arc::new(Builds::new(source, self.frames.clone()))
+        };
+        all.entry(spec.builds.clone()).or_insert_with(new).clone()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    by_number: HashMap<u64, Arc<Node>>,
+    by_name: HashMap<String, Arc<Node>>,
+    /// The highest number that was ever given.
+    last: u64,
+}
+
+/// All files.
+#[derive(Debug, Default)]
+pub struct Nodes(RwLock<Tables>);
+
+impl Nodes {
+    /// All files of a pager before this one, and the highest number that it gave.
+    pub fn take_up(texts: impl Iterator<Item = (String, NodeText)>, last: u64) -> Self {
+        let mut tables = Tables {
+            last: last.max(ROOT),
+            ..Tables::default()
+        };
+        for (name, text) in texts {
+            tables.last = tables.last.max(text.number);
+            tables.add(name, text);
+        }
+        Self(RwLock::new(tables))
+    }
+
+    /// The file that a name will stand for: the same again, or a new one with the next number.
+    ///
+    /// # Errors
+    /// A name that is none, a device that is none, another size, too many files.
+    pub fn plan(&self, name: &str, spec: &DeviceSpec) -> Result<NodeText, String> {
+        check(name, spec)?;
+        let tables = self.read();
+        let number = match tables.by_name.get(name) {
+            Some(node) if node.size_bytes != spec.size_bytes => {
+                return Err(format!("{name} has {} bytes", node.size_bytes))
+            }
+            Some(node) => node.number,
+            None if tables.by_number.len() >= NODES_MAX => {
+                return Err(format!("there are {NODES_MAX} files already"))
+            }
+            None => tables.last + 1,
+        };
+        let spec = spec.clone();
+        Ok(NodeText { number, spec })
+    }
+
+    /// Does what was planned.
+    pub fn put(&self, name: &str, text: NodeText) {
+        let mut tables = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        tables.last = tables.last.max(text.number);
+        match tables.by_name.get(name) {
+            Some(node) if node.text() != text => node.point(text.spec),
+            Some(_) => {}
+            None => tables.add(name.to_owned(), text),
+        }
+    }
+
+    /// Lets go of a file.
+    pub fn remove(&self, name: &str) {
+        let mut tables = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(node) = tables.by_name.remove(name) {
+            tables.by_number.remove(&node.number);
+        }
+    }
+
+    /// The file of a number.
+    pub fn get(&self, number: u64) -> Option<Arc<Node>> {
+        self.read().by_number.get(&number).cloned()
+    }
+
+    /// The file of a name.
+    pub fn find(&self, name: &str) -> Option<Arc<Node>> {
+        self.read().by_name.get(name).cloned()
+    }
+
+    /// The highest number that was ever given.
+    pub fn last(&self) -> u64 {
+        self.read().last
+    }
+
+    /// All names.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.read().by_name.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Tables> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tables {
+    fn add(&mut self, name: String, text: NodeText) {
+        let node = Arc::new(Node {
+            number: text.number,
+            name: name.clone(),
+            size_bytes: text.spec.size_bytes,
+            spec: Mutex::new(text.spec),
+            device: Mutex::new(None),
+        });
+        self.by_number.insert(node.number, node.clone());
+        self.by_name.insert(name, node);
+    }
+}
+
+fn check(name: &str, spec: &DeviceSpec) -> Result<(), String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    let named = !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.bytes().all(plain);
+    if !named || name.starts_with('.') {
+        return Err(format!("{name:?} is no name"));
+    }
+    if spec.size_bytes == 0 || spec.size_bytes % 4096 != 0 || spec.size_bytes > 1 << 44 {
+        return Err(format!("{} bytes are no device", spec.size_bytes));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(header: &str) -> DeviceSpec {
+        DeviceSpec {
+            size_bytes: 8192,
+            header: header.into(),
+            header_digest: "0".repeat(64),
+            builds: "/nowhere".into(),
+            captures: Vec::new(),
+        }
+    }
+
+    fn add(nodes: &Nodes, name: &str, header: &str) -> u64 {
+        let text = nodes.plan(name, &spec(header)).unwrap();
+        let number = text.number;
+        nodes.put(name, text);
+        number
+    }
+
+    #[test]
+    fn a_number_is_never_given_twice() {
+        let nodes = Nodes::take_up(std::iter::empty(), 0);
+        let first = add(&nodes, "a.memory", "h");
+        let second = add(&nodes, "b.memory", "h");
+        nodes.remove("b.memory");
+        let third = add(&nodes, "b.memory", "h");
+        assert!(ROOT < first && first < second && second < third);
+        assert!(nodes.get(second).is_none() && nodes.get(third).is_some());
+        let texts = nodes.names().into_iter();
+        let texts = texts.map(|name| (name.clone(), nodes.find(&name).unwrap().text()));
+        let later = Nodes::take_up(texts, nodes.last());
+        assert_eq!(later.find("a.memory").unwrap().number, first);
+        assert_eq!(add(&later, "c.memory", "h"), third + 1);
+    }
+
+    #[test]
+    fn a_name_keeps_its_number_and_its_size() {
+        let nodes = Nodes::take_up(std::iter::empty(), 0);
+        let number = add(&nodes, "a.memory", "provisional");
+        assert_eq!(add(&nodes, "a.memory", "packed"), number);
+        assert_eq!(nodes.get(number).unwrap().text().spec, spec("packed"));
+        let other = DeviceSpec {
+            size_bytes: 4096,
+            ..spec("packed")
+        };
+        assert!(nodes.plan("a.memory", &other).is_err());
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let nodes = Nodes::take_up(std::iter::empty(), 0);
+        for name in ["", ".", "..", "a/b", "a\0", &"x".repeat(200)] {
+            assert!(nodes.plan(name, &spec("h")).is_err(), "{name:?}");
+        }
+        for size_bytes in [0, 4095, 1 << 45] {
+            let wrong = DeviceSpec {
+                size_bytes,
+                ..spec("h")
+            };
+            assert!(nodes.plan("a", &wrong).is_err(), "{size_bytes}");
+        }
+    }
+}

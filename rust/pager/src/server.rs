@@ -1,0 +1,294 @@
+//! Answers the kernel: a thread for each end of the connection, one for reads that are held.
+
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::build::Unreadable;
+use crate::clients::{is_dying, Cause, Clients};
+use crate::device::Part;
+use crate::fuse::{Buffer, Fuse};
+use crate::held::{Held, HeldRead};
+use crate::nodes::{Node, Nodes, Open};
+use crate::seen::Seen;
+use crate::wire::{self, Attributes, Call, Init, Request, ROOT};
+
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// What the server has to say to whoever keeps things beyond its life.
+pub trait Keeps: Send + Sync {
+    /// The kernel was greeted: from here on files can be opened.
+    fn greeted(&self, init: &Init);
+    /// A VMM was killed.
+    fn killed(&self, sandbox: &str);
+    /// The connection was taken away: nothing can be served any more.
+    fn ended(&self);
+}
+
+/// The server of one connection.
+pub struct Server {
+    /// The connection.
+    pub fuse: Fuse,
+    /// Its files.
+    pub nodes: Nodes,
+    /// What their devices share.
+    pub open: Open,
+    /// Who runs on them.
+    pub clients: Clients,
+    /// What waits.
+    pub held: Held,
+    /// What was counted.
+    pub seen: Seen,
+    /// How long an access may wait before its VMM is killed.
+    pub bound: Duration,
+    keeps: Arc<dyn Keeps>,
+    ended: AtomicBool,
+}
+
+impl Server {
+    /// A server of what there is.
+    pub fn new(
+        fuse: Fuse,
+        nodes: Nodes,
+        clients: Clients,
+        bound: Duration,
+        keeps: Arc<dyn Keeps>,
+    ) -> Self {
+        Self {
+            fuse,
+            nodes,
+            open: Open::default(),
+            clients,
+            held: Held::default(),
+            seen: Seen::default(),
+            bound,
+            keeps,
+            ended: AtomicBool::new(false),
+        }
+    }
+
+    /// Begins to answer.
+    ///
+    /// # Errors
+    /// A thread can't be started.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        for end in 0..self.fuse.ends() {
+            let server = self.clone();
+            let thread = std::thread::Builder::new().name(format!("fuse-{end}"));
+            thread
+                .stack_size(256 << 10)
+                .spawn(move || server.serve(end))?;
+        }
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("held".to_owned());
+        thread.stack_size(256 << 10).spawn(move || loop {
+            for read in server.held.take() {
+                server.again(read);
+            }
+        })?;
+        Ok(())
+    }
+
+    fn serve(&self, end: usize) {
+        let (mut buffer, mut parts) = (Buffer::new(), Vec::new());
+        loop {
+            match self.fuse.receive(end, &mut buffer) {
+                Ok(Some(bytes)) => self.answer(end, bytes, &mut parts),
+                Ok(None) => break,
+                Err(error) => {
+                    eprintln!("the FUSE device can't be read: {error}");
+                    break;
+                }
+            }
+        }
+        if !self.ended.swap(true, Ordering::SeqCst) {
+            self.keeps.ended();
+        }
+    }
+
+    fn answer(&self, end: usize, bytes: &[u8], parts: &mut Vec<Part>) {
+        let request = match Request::parse(bytes) {
+            Ok(request) => request,
+            Err(error) => {
+                eprintln!("a request that can't be read: {error:?}");
+                if let Some(unique) = Request::unique_of(bytes) {
+                    self.refuse(end, unique, libc::EINVAL);
+                }
+                return;
+            }
+        };
+        let Request {
+            unique, node, pid, ..
+        } = request;
+        let data = match request.call {
+            Call::Read { offset, size } => {
+                let read = HeldRead {
+                    end,
+                    unique,
+                    node,
+                    offset,
+                    size: size as usize,
+                    pid,
+                    since: Instant::now(),
+                    why: Unreadable::away("", ""),
+                };
+                return self.read(read, parts);
+            }
+            Call::Silent | Call::Interrupt(_) => return, // a held read looks at its reader itself
+            Call::Init(init) => return self.greet(end, unique, &init),
+            Call::Lookup(name) => self.lookup(name),
+            Call::Attributes => self.attributes(node).map(|of| wire::attributes_reply(&of)),
+            Call::Open => self
+                .nodes
+                .get(node)
+                .map(|_| wire::open_reply())
+                .ok_or(libc::ESTALE),
+            Call::OpenDirectory => Ok(wire::open_reply()),
+            Call::Statistics => Ok(wire::statistics_reply()),
+            Call::Nothing => Ok(Vec::new()),
+            Call::Unknown => Err(libc::ENOSYS),
+        };
+        match data {
+            Ok(data) => self.reply(end, unique, &[IoSlice::new(&data)]),
+            Err(error) => self.refuse(end, unique, error),
+        }
+    }
+
+    fn greet(&self, end: usize, unique: u64, init: &Init) {
+        match wire::init_reply(init) {
+            Some(reply) => {
+                self.reply(end, unique, &[IoSlice::new(&reply)]);
+                self.keeps.greeted(init);
+            }
+            None => self.refuse(end, unique, libc::EPROTO),
+        }
+    }
+
+    fn lookup(&self, name: &[u8]) -> Result<Vec<u8>, i32> {
+        let name = std::str::from_utf8(name).map_err(|_| libc::ENOENT)?;
+        let node = self.nodes.find(name).ok_or(libc::ENOENT)?;
+        let of = attributes_of(node.number, node.size_bytes);
+        Ok(wire::entry_reply(&of))
+    }
+
+    fn attributes(&self, node: u64) -> Result<Attributes, i32> {
+        if node == ROOT {
+            return Ok(attributes_of(ROOT, 0));
+        }
+        let node = self.nodes.get(node).ok_or(libc::ESTALE)?;
+        Ok(attributes_of(node.number, node.size_bytes))
+    }
+
+    /// Answers a read, or holds it.
+    fn read(&self, mut read: HeldRead, parts: &mut Vec<Part>) {
+        let Some(node) = self.nodes.get(read.node) else {
+            return self.refuse(read.end, read.unique, libc::ESTALE);
+        };
+        match self.try_read(&node, &read, parts) {
+            Ok(()) => {}
+            Err(why) => {
+                eprintln!("{} at {}: {why}", node.name, read.offset);
+                self.seen.stalled(&node.name);
+                read.why = why;
+                if let Some(one) = self.held.add(read) {
+                    self.give_up(&one);
+                }
+            }
+        }
+    }
+
+    fn try_read(
+        &self,
+        node: &Node,
+        read: &HeldRead,
+        parts: &mut Vec<Part>,
+    ) -> Result<(), Unreadable> {
+        parts.clear();
+        let device = node.device(&self.open)?;
+        let origin = device.read(read.offset, read.size, parts)?;
+        self.reply(read.end, read.unique, &slices(parts));
+        let bytes = parts.iter().map(Part::len).sum::<usize>() as u64;
+        self.seen
+            .served(&node.name, origin, bytes, read.since.elapsed());
+        parts.clear(); // frames are let go of
+        Ok(())
+    }
+
+    /// Tries a held read once more.
+    fn again(&self, mut read: HeldRead) {
+        let Some(node) = self.nodes.get(read.node) else {
+            return self.refuse(read.end, read.unique, libc::ESTALE);
+        };
+        match self.try_read(&node, &read, &mut Vec::new()) {
+            Ok(()) => {}
+            Err(_) if is_dying(read.pid) => self.refuse(read.end, read.unique, libc::EIO),
+            Err(why) => {
+                read.why = why;
+                if read.since.elapsed() >= self.bound {
+                    self.give_up(&read);
+                } else if let Some(one) = self.held.add(read) {
+                    self.give_up(&one);
+                }
+            }
+        }
+    }
+
+    /// The bound has come: whoever waits is killed, and only then the read fails.
+    fn give_up(&self, read: &HeldRead) {
+        let cause = Cause {
+            blob: read.why.blob.clone(),
+            cause: read.why.cause.clone(),
+            waited_ms: read.since.elapsed().as_millis() as u64,
+        };
+        let name = self.nodes.get(read.node).map(|node| node.name.clone());
+        for client in self.clients.waiting(read.pid, &name.unwrap_or_default()) {
+            if client.kill(&cause) {
+                eprintln!("{}: killed, since {}", client.sandbox, read.why);
+                self.keeps.killed(&client.sandbox);
+            }
+        }
+        self.refuse(read.end, read.unique, libc::EIO);
+    }
+
+    fn refuse(&self, end: usize, unique: u64, error: i32) {
+        if let Err(failed) = self.fuse.reply(end, unique, -error, &[]) {
+            eprintln!("an answer ({error}) was not taken: {failed}");
+        }
+    }
+
+    fn reply(&self, end: usize, unique: u64, data: &[IoSlice]) {
+        if let Err(failed) = self.fuse.reply(end, unique, 0, data) {
+            eprintln!("an answer was not taken: {failed}");
+            self.refuse(end, unique, libc::EIO);
+        }
+    }
+}
+
+fn attributes_of(node: u64, size_bytes: u64) -> Attributes {
+    Attributes {
+        node,
+        size_bytes,
+        uid: nix::unistd::geteuid().as_raw(),
+        gid: nix::unistd::getegid().as_raw(),
+    }
+}
+
+/// Parts as the kernel takes them.
+fn slices(parts: &[Part]) -> Vec<IoSlice<'_>> {
+    let mut slices = Vec::with_capacity(parts.len() + 1);
+    for part in parts {
+        match part {
+            Part::Zeros(length) => {
+                let (whole, rest) = (length / ZEROS.len(), length % ZEROS.len());
+                slices.extend((0..whole).map(|_| IoSlice::new(&ZEROS)));
+                slices.push(IoSlice::new(&ZEROS[..rest]));
+            }
+            Part::Frame(frame, from, length) => {
+                slices.push(IoSlice::new(&frame[*from..from + length]));
+            }
+            Part::Bytes(bytes) => slices.push(IoSlice::new(bytes)),
+        }
+    }
+    slices
+}
