@@ -16,6 +16,7 @@ DEV := .venv/.installed-dev
 PACKAGE := src/diapause/_core.abi3.so
 AGENT := src/diapause/native/diapause-agent
 LAUNCH := src/diapause/native/diapause-launch
+PAGER := src/diapause/native/diapause-pager
 TRACKER := src/diapause/native/libdiapause_tracker.so
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml -o -name build.rs)
 
@@ -37,7 +38,7 @@ help:
 	@echo 'make uninstall PREFIX=/usr/local'
 	@echo 'make clean   removes what was built, keeps the downloads of pip and cargo'
 
-setup: system $(RUN) $(AGENT) $(LAUNCH) $(TRACKER) $(PACKAGE)
+setup: system $(RUN) $(AGENT) $(LAUNCH) $(PAGER) $(TRACKER) $(PACKAGE)
 
 setup-dev: setup $(DEV)
 
@@ -91,6 +92,9 @@ $(AGENT): $(RUST_SOURCES) tools/native.sh | system
 
 $(LAUNCH): $(RUST_SOURCES) tools/native.sh | system
 	tools/native.sh launch
+
+$(PAGER): $(RUST_SOURCES) tools/native.sh | system
+	tools/native.sh pager
 
 $(TRACKER): $(RUST_SOURCES) tools/native.sh | system
 	tools/native.sh tracker

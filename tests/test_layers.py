@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("daemon",),
     ("sandbox",),
     ("driver", "snapshot"),
-    ("guest",),
+    ("guest", "pager"),
     ("store",),
     ("catalog",),
     ("events", "journal", "migrations"),

@@ -1,9 +1,9 @@
 #!/bin/bash
 # Builds one of the parts that are Rust and puts it where the Python package looks for it.
 #
-# usage: native.sh agent|launch|tracker|package
+# usage: native.sh agent|launch|pager|tracker|package
 # agent: the guest's, static, since the guest has no libraries. launch: starts a VMM, static, since
-# it does so where there are none. tracker: preloaded into QEMU.
+# it does so where there are none. pager: serves memory to VMMs. tracker: preloaded into QEMU.
 # package: diapause._core, and the package itself, editable, with .venv/bin/diapause.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ place() {
 }
 
 case "$1" in
-agent | launch)
+agent | launch | pager)
   # The target is named so that the flag does not reach build scripts and macros.
   RUSTFLAGS='-C target-feature=+crt-static -C strip=debuginfo' \
     cargo build --locked --release -p "diapause-$1" --target "$TARGET"
@@ -34,7 +34,7 @@ package)
   PIP_QUIET=1 VIRTUAL_ENV=$PWD/.venv .venv/bin/maturin develop --release --locked
   ;;
 *)
-  echo "usage: native.sh agent|launch|tracker|package" >&2
+  echo "usage: native.sh agent|launch|pager|tracker|package" >&2
   exit 2
   ;;
 esac

@@ -247,6 +247,13 @@ class ConfinementFailed(DiapauseError):
     hint = "`diapause doctor` says what this host grants; nothing was left running."
 
 
+class PagerUnavailable(DiapauseError):
+    """Memory can't be served on demand: {cause}."""
+
+    code, exit_code, status = "pager_unavailable", 43, 503
+    hint = "`resume --memory-mode copy` does without; `diapause doctor` says what is missing."
+
+
 class VmmUnusable(DiapauseError):
     """The VMM {program!r} could not be asked what it can do: {cause}."""
 

@@ -4,6 +4,7 @@ HOME/                     0700
   catalog.sqlite3         rows and the journal
   reserve                 a few MiB for verbs that free space on a full disk
   serve.lock serve.log    one daemon a home; the lock is its flock
+  pager.log               what the pager and its keeper have to say
   images/NAME/            manifest.json kernel initrd, read-only once built
   builds/ID               packed pages, named by their digest
   snapshots/ID/           manifest.json, device-state, one DEVICE.header each
@@ -126,6 +127,14 @@ class Home:
     @property
     def serve_socket(self) -> Path:
         return self.sockets / "serve.sock"
+
+    @property
+    def pager_socket(self) -> Path:
+        return self.sockets / "pager.sock"
+
+    @property
+    def pager_log(self) -> Path:
+        return self.root / "pager.log"
 
     @property
     def buffers(self) -> Path:

@@ -1,0 +1,174 @@
+"""Asking the pager. Every request may be made again: a pager that died in between is replaced, and
+the next one knows what the last one had promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diapause.errors import PagerUnavailable
+from diapause.limits import PAGER_S
+from diapause.pager import process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diapause.store.home import Home
+
+_PACKET_BYTES_MAX = 64 << 10
+_FDS_MAX = 4
+_BETWEEN_S = 0.05
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two processes that run, and the mount that files are opened through."""
+
+    instance: str
+    pid: int
+    keeper_pid: int
+    replaceable: bool  # whether guests live on when the pager is replaced
+    mount: int
+
+
+class Refused(Exception):
+    """The pager's word: no."""
+
+
+class Pager:
+    """One home's pager; used from many threads, one at a time."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._guard = threading.Lock()
+        self._connection: socket.socket | None = None
+        self._mount = -1
+
+    def pair(self, *, start: bool) -> Pair:
+        """Who is there; started where nobody is and `start` says so. Raises PagerUnavailable."""
+        with self._guard:
+            if start and not self._answers():
+                process.start(self._home)
+            said, [mount] = self._ask({"hello": {}}, ())
+            if self._mount >= 0:
+                os.dup2(mount, self._mount, inheritable=False)  # paths through it stay as they are
+                os.close(mount)
+            else:
+                self._mount = mount
+            return Pair(
+                said["instance"], said["pid"], said["keeper_pid"], said["replaceable"], self._mount
+            )
+
+    def path(self, name: str) -> Path:
+        """Where a file of the pager is opened; only after `pair`."""
+        return Path(f"/proc/self/fd/{self._mount}/{name}")
+
+    def put(self, name: str, spec: dict[str, Any]) -> None:
+        """A file, new or pointed elsewhere."""
+        self.ask({"put": {"name": name, "spec": spec}})
+
+    def remove(self, name: str) -> None:
+        """A file goes; refused while a VMM runs on it."""
+        self.ask({"remove": {"name": name}})
+
+    def names(self) -> list[str]:
+        """All files, in order."""
+        found: list[str] = []
+        while more := self.ask({"names": {"after": found[-1] if found else ""}})["names"]:
+            found += more
+        return found
+
+    def attach(self, sandbox: str, files: Sequence[str], pidfd: int) -> None:
+        """A VMM runs on these files."""
+        self.ask({"attach": {"sandbox": sandbox, "files": list(files)}}, (pidfd,))
+
+    def detach(self, sandbox: str) -> dict[str, Any] | None:
+        """A VMM has ended; why it was killed, where the pager did that."""
+        killed: dict[str, Any] | None = self.ask({"detach": {"sandbox": sandbox}})["killed"]
+        return killed
+
+    def seen(self, sandbox: str) -> dict[str, Any]:
+        """What the pager knows of a VMM."""
+        return self.ask({"seen": {"sandbox": sandbox}})
+
+    def stop(self) -> None:
+        """End both processes; refused while a VMM runs on a file."""
+        self.ask({"stop": {}})
+
+    def ask(self, what: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """One request; raises PagerUnavailable where nobody answers or it is refused."""
+        with self._guard:
+            said, got = self._ask(what, fds)
+        for fd in got:
+            os.close(fd)
+        return said
+
+    def close(self) -> None:
+        """Let go of it; it goes on."""
+        with self._guard:
+            self._drop()
+            if self._mount >= 0:
+                os.close(self._mount)
+                self._mount = -1
+
+    def _answers(self) -> bool:
+        try:
+            self._connect().close()
+        except OSError:
+            return False
+        return True
+
+    def _ask(self, what: dict[str, Any], fds: Sequence[int]) -> tuple[Any, list[int]]:
+        deadline = time.monotonic() + PAGER_S
+        while True:
+            try:
+                return self._ask_once(what, fds, deadline)
+            except Refused as error:
+                raise PagerUnavailable(cause=f"the pager refuses: {error}") from error
+            except (ConnectionRefusedError, FileNotFoundError) as error:
+                self._drop()
+                raise PagerUnavailable(cause="the pager does not run") from error
+            except OSError as error:
+                self._drop()
+                if time.monotonic() > deadline:
+                    cause = f"the pager does not answer: {error}"
+                    raise PagerUnavailable(cause=cause) from error
+                time.sleep(_BETWEEN_S)
+
+    def _ask_once(
+        self, what: dict[str, Any], fds: Sequence[int], deadline: float
+    ) -> tuple[Any, list[int]]:
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.settimeout(max(0.1, deadline - time.monotonic()))
+        socket.send_fds(self._connection, [json.dumps(what).encode()], list(fds))
+        text, got, _, _ = socket.recv_fds(self._connection, _PACKET_BYTES_MAX, _FDS_MAX)
+        if not text:
+            raise ConnectionResetError("it has ended")
+        for fd in got:
+            os.set_inheritable(fd, False)  # noqa: FBT003
+        answer = json.loads(text)
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return answer["ok"], list(got)
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.settimeout(PAGER_S)
+            connection.connect(str(self._home.pager_socket))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

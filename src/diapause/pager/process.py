@@ -1,0 +1,74 @@
+"""The pair of processes that serves memory: started once for a home, and on its own from then on.
+
+The daemon starts the keeper and hands it what is kept: the settings and the socket for clients. The
+keeper starts the pager; each starts the other again. Neither is a child of the daemon's, and both
+live on when it ends. Where both are dead, nobody listens on the socket any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diapause.errors import PagerUnavailable
+from diapause.limits import PAGER_S, PAGER_STALL_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from diapause.store.home import Home
+
+PROGRAM = Path(__file__).parent.parent / "native" / "diapause-pager"
+
+
+def name_of(home: Home) -> str:
+    """The argument by which both processes are found."""
+    return f"diapause-pager-{home.key}"
+
+
+def start(home: Home) -> None:
+    """Start a pair; only where there is none. Raises PagerUnavailable."""
+    if not PROGRAM.exists():
+        raise PagerUnavailable(cause="diapause-pager is not there; build it again")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, _listener(home.pager_socket) as listener, _log(home) as log:
+        ours.settimeout(PAGER_S)
+        subprocess.Popen(
+            [str(PROGRAM), "start", name_of(home)], stdin=theirs, stdout=subprocess.DEVNULL,
+            stderr=log, start_new_session=True, cwd="/", env={"PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        settings = {"instance": os.urandom(8).hex(), "stall_ms": int(PAGER_STALL_S * 1000)}
+        try:
+            _put(ours, "settings", settings, ())
+            _put(ours, "listener", None, (listener.fileno(),))
+            ours.send(json.dumps("ready").encode())
+        except OSError as error:
+            raise PagerUnavailable(cause=f"it did not start: {error}") from error
+
+
+def _put(to: socket.socket, key: str, value: Any, fds: Sequence[int]) -> None:
+    word = {"put": {"key": key, "value": value, "same_fds": False}}
+    socket.send_fds(to, [json.dumps(word).encode()], list(fds))
+
+
+def _listener(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)  # of a pair that is dead: nobody listens there
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(64)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _log(home: Home) -> contextlib.closing[Any]:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    return contextlib.closing(os.fdopen(os.open(home.pager_log, flags, 0o600), "ab", 0))
