@@ -77,7 +77,7 @@ class CaptureRequest(Strict):
 class ResumeRequest(Strict):
     """Bring a paused sandbox back; or boot one that ended, `cold`."""
 
-    memory_mode: Literal["ondemand", "copy"] = "copy"
+    memory_mode: Literal["ondemand", "copy"] | None = None  # None: what the daemon was told
     cold: bool = False
 
 
@@ -160,6 +160,7 @@ class ResumeAnswer(Answer):
     phases_ms: dict[str, float]
     snapshot: str | None = None
     disk: Literal["own", "snapshot"] | None = None  # of a cold one: which disk it was booted on
+    memory_mode: Literal["ondemand", "copy"] | None = None  # how its memory comes; None: a boot
     already: bool = False
     notes: list[str] = []
 

@@ -101,7 +101,11 @@ def processes(view: _View) -> Iterator[str]:
 
 def _may_run(view: _View, words: str) -> bool:
     """A client, or a daemon that was spawned beside the one that serves, ends by itself."""
-    return "serve --detached" in words or any(row in words for row in view.sandboxes)
+    return (
+        "serve --detached" in words
+        or f"diapause-pager-{view.home.key}" in words
+        or any(row in words for row in view.sandboxes)
+    )
 
 
 def mounts(view: _View) -> Iterator[str]:
@@ -169,7 +173,7 @@ def sockets(view: _View) -> Iterator[str]:
     """A socket of a VMM that does not run."""
     for path in view.home.sockets.iterdir():
         owner = path.name.partition(".")[0]
-        if owner != "serve" and not view.runs(owner):
+        if owner not in ("serve", "pager") and not view.runs(owner):
             yield f"socket {path.name}"
 
 

@@ -202,7 +202,7 @@ fn open_device() -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
-/// A mount of a connection: read-only for everybody but the server's own user.
+/// A mount of a connection; who has no descriptor of it can't name a file on it.
 fn mount_of(device: &OwnedFd) -> io::Result<OwnedFd> {
     // SAFETY: the name is NUL-terminated and outlives the call.
     let context =
@@ -221,7 +221,8 @@ fn mount_of(device: &OwnedFd) -> io::Result<OwnedFd> {
     ] {
         configure(&context, FSCONFIG_SET_STRING, Some(key), Some(value))?;
     }
-    for flag in [c"ro", c"default_permissions"] {
+    // A VMM has a user of its own, who may ask for the size of what it was handed.
+    for flag in [c"ro", c"default_permissions", c"allow_other"] {
         configure(&context, FSCONFIG_SET_FLAG, Some(flag), None)?;
     }
     configure(&context, FSCONFIG_CMD_CREATE, None, None)?;

@@ -65,9 +65,17 @@ impl Keep {
         look(&self.lock().kept)
     }
 
-    /// The keeper's process.
-    pub fn keeper_pid(&self) -> i32 {
-        crate::clients::pid_of(&self.lock().process).unwrap_or(0)
+    /// The keeper's process; one that has ended is started again before this answers.
+    ///
+    /// # Errors
+    /// No keeper could be started.
+    pub fn keeper_pid(&self) -> io::Result<i32> {
+        let mut state = self.lock();
+        if let Ok(pid) = crate::clients::pid_of(&state.process) {
+            return Ok(pid);
+        }
+        revive(&mut state)?;
+        crate::clients::pid_of(&state.process)
     }
 
     /// Asks the keeper to end, which has nothing to keep any more.

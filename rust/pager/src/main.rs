@@ -1,13 +1,14 @@
-//! The two processes of a home: `diapause-pager start|keeper|pager NAME`.
+//! The two processes of a home: `diapause-pager start|first|keeper|pager NAME`.
 //!
-//! `start`: the daemon's word. Its standard input is a SOCK_SEQPACKET socket that what is kept comes
-//! from: the settings and the socket for clients. It becomes the keeper and starts the pager.
+//! `start`: the daemon's word. It starts `first` and ends, so that the two are nobody's children.
+//! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: the settings
+//! and the socket for clients. It becomes the keeper and starts the pager.
 //! `keeper`, `pager`: one of the two, started by the other, which is at the end of its standard
 //! input. NAME is not read: a process is found by it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use diapause_pager::kept::{pidfd, Kept};
 use diapause_pager::service::Service;
@@ -21,7 +22,7 @@ fn main() -> ExitCode {
     match run(&role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            eprintln!("usage: diapause-pager start|keeper|pager NAME");
+            eprintln!("usage: diapause-pager start|first|keeper|pager NAME");
             ExitCode::from(2)
         }
         Err(error) => {
@@ -32,8 +33,15 @@ fn main() -> ExitCode {
 }
 
 fn run(role: &str) -> io::Result<()> {
-    if !matches!(role, "start" | "keeper" | "pager") {
+    if !matches!(role, "start" | "first" | "keeper" | "pager") {
         return Err(io::ErrorKind::InvalidInput.into());
+    }
+    if role == "start" {
+        let name = std::env::args().nth(2).unwrap_or_default();
+        return Command::new("/proc/self/exe")
+            .args(["first", &name])
+            .spawn()
+            .map(drop);
     }
     // Each is the other's child at some time: nobody waits for a child that has ended.
     // SAFETY: no handler is set, and no thread runs yet.
@@ -41,7 +49,7 @@ fn run(role: &str) -> io::Result<()> {
     let link = io::stdin().as_fd().try_clone_to_owned()?;
     let kept = Kept::receive(link.as_fd())?;
     match role {
-        "start" => keeper::keep(kept, None),
+        "first" => keeper::keep(kept, None),
         "keeper" => {
             let pager = other(&link)?;
             keeper::keep(kept, Some((link, pager)))

@@ -23,15 +23,14 @@ Examples:
 @click.option(
     "--memory-mode",
     type=click.Choice(["ondemand", "copy"]),
-    default="copy",
-    show_default=True,
-    help="Fetch memory as the guest touches it, or have it all there first.",
+    default=None,
+    help="Fetch memory as the guest touches it, or have it all there first (default: copy).",
 )
 @click.option("--cold", is_flag=True, help="Boot a stopped or failed sandbox on its own disk.")
 @json_option
 @pass_context
 def resume(
-    context: Context, sandbox: str, memory_mode: Literal["ondemand", "copy"], cold: bool
+    context: Context, sandbox: str, memory_mode: Literal["ondemand", "copy"] | None, cold: bool
 ) -> None:
     """Bring a paused sandbox back to where it was. From: paused. To: running.
 

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diapause.driver.cgroup import leaf_of
-from diapause.driver.process import Pidfd
+from diapause.driver.process import Pidfd, find_by_argument
 from diapause.driver.qemu import QemuDriver
 from diapause.errors import DaemonUnreachable, HomeRefused, StorageFailed
 from diapause.limits import VMM_EXIT_S
+from diapause.pager.process import name_of
 from diapause.store.files import remove_tree
 from diapause.store.home import SCRATCH_START, Home
 
@@ -68,6 +69,7 @@ def reset(home: Home) -> None:
             if there:
                 (home.root / _MARK).touch(mode=0o600)
             _end_machines(home)
+            _end_pager(home)
             for directory in _outside(home):
                 _remove_directory(directory)
             if there:
@@ -185,6 +187,16 @@ def _machines(home: Home) -> list[Home]:
     """The home, and the scratch homes in it, once for each machine that runs there."""
     homes = [home, *(Home(path) for path in home.tmp.glob(f"{SCRATCH_START}*"))]
     return [each for each in homes for _ in QemuDriver(each, None).all_processes()]
+
+
+def _end_pager(home: Home) -> None:
+    """Pager and keeper, each of which starts the other again: both, until there is neither."""
+    deadline = time.monotonic() + _DAEMON_S
+    while (found := find_by_argument(name_of(home))) and time.monotonic() < deadline:
+        for pidfd in map(Pidfd, found):
+            pidfd.kill()
+            pidfd.wait(VMM_EXIT_S)
+            pidfd.close()
 
 
 def _end_machines(home: Home) -> None:

@@ -37,6 +37,10 @@ class Pair:
     mount: int
 
 
+class NotRunning(PagerUnavailable):
+    """Memory can't be served on demand: {cause}."""
+
+
 class Refused(Exception):
     """The pager's word: no."""
 
@@ -53,17 +57,24 @@ class Pager:
     def pair(self, *, start: bool) -> Pair:
         """Who is there; started where nobody is and `start` says so. Raises PagerUnavailable."""
         with self._guard:
-            if start and not self._answers():
-                process.start(self._home)
-            said, [mount] = self._ask({"hello": {}}, ())
-            if self._mount >= 0:
-                os.dup2(mount, self._mount, inheritable=False)  # paths through it stay as they are
-                os.close(mount)
-            else:
-                self._mount = mount
-            return Pair(
-                said["instance"], said["pid"], said["keeper_pid"], said["replaceable"], self._mount
-            )
+            try:
+                return self._hello()
+            except NotRunning:
+                if not start:
+                    raise
+            process.start(self._home)
+            return self._hello()
+
+    def _hello(self) -> Pair:
+        said, [mount] = self._ask({"hello": {}}, ())
+        if self._mount >= 0:
+            os.dup2(mount, self._mount, inheritable=False)  # paths through it stay as they are
+            os.close(mount)
+        else:
+            self._mount = mount
+        return Pair(
+            said["instance"], said["pid"], said["keeper_pid"], said["replaceable"], self._mount
+        )
 
     def path(self, name: str) -> Path:
         """Where a file of the pager is opened; only after `pair`."""
@@ -104,9 +115,10 @@ class Pager:
     def ask(self, what: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """One request; raises PagerUnavailable where nobody answers or it is refused."""
         with self._guard:
-            said, got = self._ask(what, fds)
-        for fd in got:
+            answered = self._ask(what, fds)
+        for fd in answered[1]:
             os.close(fd)
+        said: dict[str, Any] = answered[0]
         return said
 
     def close(self) -> None:
@@ -117,13 +129,6 @@ class Pager:
                 os.close(self._mount)
                 self._mount = -1
 
-    def _answers(self) -> bool:
-        try:
-            self._connect().close()
-        except OSError:
-            return False
-        return True
-
     def _ask(self, what: dict[str, Any], fds: Sequence[int]) -> tuple[Any, list[int]]:
         deadline = time.monotonic() + PAGER_S
         while True:
@@ -133,7 +138,7 @@ class Pager:
                 raise PagerUnavailable(cause=f"the pager refuses: {error}") from error
             except (ConnectionRefusedError, FileNotFoundError) as error:
                 self._drop()
-                raise PagerUnavailable(cause="the pager does not run") from error
+                raise NotRunning(cause="the pager does not run") from error
             except OSError as error:
                 self._drop()
                 if time.monotonic() > deadline:
@@ -152,7 +157,7 @@ class Pager:
         if not text:
             raise ConnectionResetError("it has ended")
         for fd in got:
-            os.set_inheritable(fd, False)  # noqa: FBT003
+            os.set_inheritable(fd, False)
         answer = json.loads(text)
         if "error" in answer:
             raise Refused(answer["error"])

@@ -38,10 +38,15 @@ def start(home: Home) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, _listener(home.pager_socket) as listener, _log(home) as log:
         ours.settimeout(PAGER_S)
-        subprocess.Popen(
-            [str(PROGRAM), "start", name_of(home)], stdin=theirs, stdout=subprocess.DEVNULL,
-            stderr=log, start_new_session=True, cwd="/", env={"PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
+        environment = {"PATH": "/usr/bin:/bin", "DIAPAUSE_HOME": str(home.root)}
+        try:
+            subprocess.run(
+                [str(PROGRAM), "start", name_of(home)],
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, check=True,
+                start_new_session=True, cwd="/", env=environment, timeout=PAGER_S,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            raise PagerUnavailable(cause=f"it can't be started: {error}") from error
         settings = {"instance": os.urandom(8).hex(), "stall_ms": int(PAGER_STALL_S * 1000)}
         try:
             _put(ours, "settings", settings, ())

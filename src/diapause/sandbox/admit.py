@@ -22,7 +22,7 @@ from diapause.units import MIB, format_size
 if TYPE_CHECKING:
     from diapause.catalog import Catalog
     from diapause.guest.images import Image
-    from diapause.model import ForkRequest, ResumeRequest, RunRequest
+    from diapause.model import ForkRequest, RunRequest
 
 _VMM_OVERHEAD_BYTES = 64 * MIB
 
@@ -92,9 +92,3 @@ def check_fork(request: ForkRequest) -> None:
     """Refuse a number of forks that can't be."""
     if not 1 <= request.count <= FORKS_MAX:
         raise InvalidRequest(what="The number of forks", cause=f"it must be 1 to {FORKS_MAX}")
-
-
-def check_resume(request: ResumeRequest) -> None:
-    """Refuse what a later version does."""
-    if request.memory_mode == "ondemand":
-        raise NotSupportedYet(what="Resuming with memory on demand")

@@ -95,7 +95,8 @@ class Captures(Part):
                     self.host.later(pause_s, again)
                 raise
             record = self.catalog.sandbox(packed.sandbox)
-            if record and record.state == "paused" and record.snapshot == snapshot:
+            waits = record and record.state == "paused" and record.snapshot == snapshot
+            if waits and not self.host.ondemand.wanted(None):  # else nobody asks for flat files
                 self.host.flats.ensure(packed)
 
         return self.host.behind(f"pack {snapshot}", work)

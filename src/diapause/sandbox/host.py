@@ -23,6 +23,8 @@ from diapause.sandbox.locks import SandboxLocks
 from diapause.sandbox.losses import guest_lost
 from diapause.sandbox.metrics import HomeCollector, Metrics
 from diapause.sandbox.network import has_network
+from diapause.sandbox.ondemand import Ondemand
+from diapause.sandbox.pager_watch import PagerWatch
 from diapause.sandbox.rescue import REFUSALS, go_on_after_stall, thaw_if_nobody_owns
 from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
@@ -74,6 +76,8 @@ class Host:
         self.packer = Packer(
             home, self.catalog, self.templates, self.leases, self.flats, self.gate
         )  # fmt: skip
+        self.ondemand = Ondemand(home, self.catalog, self.templates, self.leases)
+        self.packer.on_packed = self.ondemand.served.packed
         self.driver = QemuDriver(home, tracker_path(), track=tracking_wanted())
         self.images = threading.Lock()  # an image doesn't go between a look for it and a row
         self.guests: dict[str, Guest] = {}
@@ -86,7 +90,8 @@ class Host:
         self._watching: set[Future[object]] = set()
         self._jobs: dict[str, Future[None]] = {}
         self._guard = threading.Lock()
-        self.closing, self._closed = False, threading.Event()
+        self.closing, self.closed = False, threading.Event()
+        self.pager_watch = PagerWatch(self)
         # What is done about a verb that could not be put back; recovery says it, which knows verbs.
         self.settle_later: Callable[[str], object] = lambda sandbox: None
         self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
@@ -162,7 +167,7 @@ class Host:
     def close(self) -> None:
         """Let go of everything; guests go on."""
         self.closing = True
-        self._closed.set()
+        self.closed.set()
         self._background.shutdown(wait=True, cancel_futures=True)
         self._beside.shutdown(wait=True)
         self.digests.close()
@@ -172,6 +177,7 @@ class Host:
             guest.cut("the daemon is stopping")
             if guest.machine is not None:
                 guest.machine.close()
+        self.ondemand.close()
         self.catalog.close()
 
     # -- ends that nobody asked for --------------------------------------------------------------
@@ -189,7 +195,7 @@ class Host:
                     settle_end(self, guest, reason)
             except Exception:
                 log.exception("the end of %s", guest.sandbox)
-                self._closed.wait(pause_s)
+                self.closed.wait(pause_s)
                 pause_s = min(2 * pause_s, _AGAIN_S_MAX)
             else:
                 return
@@ -213,9 +219,11 @@ class Host:
         """
         (self.home.buffers / f"{record.id}.unmerged").unlink(missing_ok=True)
         (self.home.sandbox(record.id) / "capture.mark").unlink(missing_ok=True)
+        reason = self.ondemand.ended(record) or reason
         if not reason.startswith("guest-") and self.driver.leaves.killed(record.id):
             reason = "the VMM was killed by its memory limit"
         record.process, record.root, record.reason = None, None, reason
+        record.pager = None
         record.frozen = False
         record.state = "stopped" if reason.startswith("guest-") else "failed"
         if record.state == "failed":
@@ -245,6 +253,8 @@ class Host:
 
     def memory_file(self, record: SandboxRecord) -> Path:
         """The flat memory file that a running sandbox's RAM is a mapping of."""
+        if record.root is not None and record.pager is not None:
+            return self.ondemand.pager.path(f"{record.root}.memory")
         if record.root is not None:
             return self.home.flat_of(record.root) / "memory"
         return self.templates.memory(record.memory_bytes).flat

@@ -38,13 +38,14 @@ class Pause(Capture):
         self.guest.disarm()
         self.guest.detach()
         self.machine.kill()
+        self.host.ondemand.ended(self.record)
 
     def do_publish(self) -> None:
         """The row: paused, nothing of it runs."""
         record = self.record
         for names in record.overlays:
             self._drop_overlays(names)
-        record.state, record.process, record.root = "paused", None, None
+        record.state, record.process, record.root, record.pager = "paused", None, None, None
         record.captures, record.overlays, record.tracker = 0, [], False
         record.frozen = False
         self.host.guests.pop(record.id, None)

@@ -65,6 +65,7 @@ def recover(host: Host) -> None:
     """Settle every sandbox, end what nobody names, remove what belongs to nobody."""
     host.settle_later = lambda sandbox: host.watch(partial(settle_when_it_answers, host, sandbox))
     mend_snapshot_rows(host)
+    host.ondemand.adopt()
     fail_lost_captures(host)
     silent = [record.id for record in host.catalog.sandboxes() if not _settled(host, record)]
     for operation in host.catalog.journal.open_operations():
@@ -207,6 +208,9 @@ def _adopt(host: Host, record: SandboxRecord) -> QemuMachine | None:
     if process is None:
         return None
     ref = ProcessRef(process.pid, process.start_ticks, process.boot_id)
+    host.ondemand.end_if_lost(record, ref)
+    if record.pager is not None:
+        host.pager_watch.begin()
     return host.driver.adopt(record.id, ref, host.memory_file(record), host.shape(record))
 
 
@@ -356,7 +360,8 @@ def settle_paused(host: Host, record: SandboxRecord) -> None:
     for path in directory.glob("disk*.qcow2"):
         path.unlink()
     forget_failures(host, record)
-    record.state, record.process, record.root = "paused", None, None
+    host.ondemand.ended(record)
+    record.state, record.process, record.root, record.pager = "paused", None, None, None
     record.overlays, record.captures, record.tracker = [], 0, False
     record.frozen = False
     host.catalog.put_sandbox(record)

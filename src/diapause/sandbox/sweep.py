@@ -74,8 +74,9 @@ def sweep(host: Host) -> None:
     for path in home.sandboxes.iterdir():
         if path.name not in known:
             _remove(path)
+    lasting = {home.serve_socket.stem, home.pager_socket.stem}  # the pager outlives every daemon
     for path in home.sockets.iterdir():
-        if path.name.split(".")[0] not in running | {home.serve_socket.stem}:
+        if path.name.split(".")[0] not in running | lasting:
             _remove(path)
     for path in home.flat.iterdir():
         if not (path / "flat.json").exists():  # never finished; a cache, made again when needed

@@ -37,6 +37,16 @@ class Layer:
 
     capture_id: str
     source: _core.PageSource
+    place: CapturePlace
+
+
+@dataclass(frozen=True)
+class CapturePlace:
+    """The files that a capture's pages lie in, for whoever opens them again."""
+
+    path: Path
+    spill: Path | None = None
+    map: bytes = b""  # of an overlay: what it holds and where
 
 
 class CaptureFiles:
@@ -58,11 +68,11 @@ class CaptureFiles:
     def layers(self, record: SnapshotRecord, device: str) -> list[Layer]:
         """The device's captures, oldest first."""
         if device == "memory":
-            return [Layer(self._id(device, 0), self._memory(record.durability))]
+            return [Layer(self._id(device, 0), *self._memory(record.durability))]
         size = next(d.size_bytes for d in record.devices if d.name == device)
         found: list[Layer] = []
         while (overlay := self.overlay(device, len(found))).exists():
-            layer = Layer(self._id(device, len(found)), self._disk(overlay, size))
+            layer = Layer(self._id(device, len(found)), *self._disk(overlay, size))
             found.append(layer)
         if not found:
             raise BlobMissing(blob=f"captures/{self.snapshot}/{device}.0.qcow2")
@@ -71,17 +81,21 @@ class CaptureFiles:
     def _id(self, device: str, layer: int) -> str:
         return _core.blake3_bytes(f"{self.snapshot}/{device}/{layer}".encode())
 
-    def _memory(self, durability: str) -> _core.PageSource:
+    def _memory(self, durability: str) -> tuple[_core.PageSource, CapturePlace]:
         """A buffer is not synced: a durable capture is its file, whatever a crash left beside."""
         if durability == "process" and self.buffer.exists():
-            spill = str(self.memory) if self.memory.exists() else None
-            return _core.PageSource.capture(str(self.buffer), spill)
+            spill = self.memory if self.memory.exists() else None
+            source = _core.PageSource.capture(str(self.buffer), str(spill) if spill else None)
+            return source, CapturePlace(self.buffer, spill)
         if not self.memory.exists():
             raise BlobMissing(blob=f"captures/{self.snapshot}/memory")
-        return _core.PageSource.capture(str(self.memory))
+        return _core.PageSource.capture(str(self.memory)), CapturePlace(self.memory)
 
-    def _disk(self, overlay: Path, size_bytes: int) -> _core.PageSource:
-        return open_overlay(overlay, size_bytes)
+    def _disk(self, overlay: Path, size_bytes: int) -> tuple[_core.PageSource, CapturePlace]:
+        _core.check_overlay(str(overlay), size_bytes)
+        map_ = map_overlay(overlay)
+        source = _core.PageSource.overlay(str(overlay), map_, pages(size_bytes))
+        return source, CapturePlace(overlay, map=map_)
 
 
 def open_overlay(overlay: Path, size_bytes: int) -> _core.PageSource:

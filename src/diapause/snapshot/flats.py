@@ -97,7 +97,7 @@ class FlatStore:
         with self._gate.publishing(), self.turn(record.id), damage_by_place(self._catalog):
             if self._catalog.snapshot(record.id) is None:  # only now: gc may have been here
                 raise SnapshotNotFound(reference=record.id, candidates="others")
-            self._verify_small(record)
+            self.verify_small(record)
             if (found := self._usable(record)) is not None:
                 return found
             with storage_errors(f"flat files of {record.id}", self._home.flat):
@@ -123,7 +123,7 @@ class FlatStore:
         with self.turn(snapshot):
             remove_tree(self._home.flat_of(snapshot))
 
-    def _verify_small(self, record: SnapshotRecord) -> None:
+    def verify_small(self, record: SnapshotRecord) -> None:
         """The manifest and the device state, whole, each time."""
         if record.state == "captured":
             return

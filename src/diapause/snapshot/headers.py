@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from diapause import _core
 from diapause.errors import BlobDamaged, BlobMissing, SnapshotLost
-from diapause.snapshot.capture import CaptureFiles
+from diapause.snapshot.capture import CaptureFiles, CapturePlace
 from diapause.store.templates import DeviceRoot
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class DeviceHeader:
     path: Path
     digest: str
     captures: dict[str, _core.PageSource] = field(default_factory=dict)
+    places: dict[str, CapturePlace] = field(default_factory=dict)
 
 
 @contextmanager
@@ -106,5 +107,6 @@ class Headers:
                 str(header.path), header.digest, layer.source, layer.capture_id, str(out)
             )
             captures = {**header.captures, layer.capture_id: layer.source}
-            header = DeviceHeader(out, info.digest, captures)
+            places = {**header.places, layer.capture_id: layer.place}
+            header = DeviceHeader(out, info.digest, captures, places)
         return header

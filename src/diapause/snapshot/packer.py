@@ -23,6 +23,7 @@ from diapause.snapshot.manifest import manifest_bytes
 from diapause.store.files import fsync_path, remove_tree, storage_errors, write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from diapause.catalog import Catalog, DeviceRecord, SnapshotRecord
@@ -47,6 +48,8 @@ class Packer:
     ) -> None:
         self._home, self._catalog, self._flats, self._gate = home, catalog, flats, gate
         self._templates, self._leases = templates, leases
+        # Told before the capture goes, which is kept by a lease where it has to stay.
+        self.on_packed: Callable[[SnapshotRecord], object] = lambda record: None
 
     def pack(self, snapshot_id: str) -> SnapshotRecord:
         """Pack a snapshot, and its ancestors before it; one that is packed stays as it is."""
@@ -63,6 +66,7 @@ class Packer:
             self._pack_chain(record.parent)
         with storage_errors(f"snapshot {snapshot_id}", self._home.root):
             packed = self._pack(record)
+        self.on_packed(packed)
         self._leases.retire(snapshot_id, lambda: self._remove_capture(snapshot_id))
         self._flats.packed(packed)
         return packed

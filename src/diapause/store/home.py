@@ -10,6 +10,7 @@ HOME/                     0700
   snapshots/ID/           manifest.json, device-state, one DEVICE.header each
   captures/ID/            pages of a snapshot that is not packed yet; gone afterwards
   flat/ID/                a snapshot's devices as plain sparse files, until a pager exists
+  served/                 what the pager reads of snapshots that are not packed yet
   sandboxes/ID/           console.log vmm.log, running overlays, capture marks
   templates/              empty overlays, empty memory files: made once, then only read
   tmp/                    whatever is being written; renamed into place when whole
@@ -102,6 +103,10 @@ class Home:
     @property
     def flat(self) -> Path:
         return self.root / "flat"
+
+    @property
+    def served(self) -> Path:
+        return self.root / "served"
 
     @property
     def sandboxes(self) -> Path:

@@ -1,0 +1,109 @@
+"""Guests whose memory and disks the pager serves.
+
+What becomes of such a guest: it runs; or an access waits (`stalled`, in `inspect`); or its VMM was
+killed, by the pager since a blob could not be served, or by us since pager and keeper are both
+dead: what its next access would get nobody can say. In both cases its row says why, and its
+snapshot can be resumed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Literal
+
+from diapause.driver.process import Pidfd
+from diapause.errors import DiapauseError, PagerUnavailable
+from diapause.limits import VMM_EXIT_S
+from diapause.pager.client import Pager
+from diapause.snapshot.served import Served
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
+    from diapause.driver.base import ProcessRef
+    from diapause.snapshot.leases import Leases
+    from diapause.store.home import Home
+    from diapause.store.templates import Templates
+
+log = logging.getLogger("diapause.ondemand")
+LOST = "its pager and the keeper have ended"
+
+
+class Ondemand:
+    """The pager of one home and who runs on it."""
+
+    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
+        self._catalog = catalog
+        self.pager = Pager(home)
+        self.served = Served(home, catalog, templates, leases, self.pager)
+
+    def wanted(self, asked: Literal["ondemand", "copy"] | None) -> bool:
+        """Whether memory is served on demand: what was asked for, else what the daemon was told."""
+        return (asked or os.environ.get("DIAPAUSE_MEMORY_MODE", "copy")) == "ondemand"
+
+    def serve(self, record: SandboxRecord, source: SnapshotRecord) -> dict[str, Path]:
+        """The files of a snapshot, by device; the row says whose they are.
+
+        Raises PagerUnavailable.
+        """
+        pair = self.pager.pair(start=True)
+        names = self.served.files(source)
+        record.pager = pair.instance
+        self._catalog.put_sandbox(record)
+        return {device: self.pager.path(name) for device, name in names.items()}
+
+    def attach(self, record: SandboxRecord, process: ProcessRef) -> None:
+        """From here on the pager knows whose access it answers; raises PagerUnavailable."""
+        devices = ["memory", *(f"disk{i}" for i in range(len(record.disks_bytes)))]
+        pidfd = Pidfd(process)
+        with contextlib.closing(pidfd):
+            if pidfd.fileno() < 0:
+                raise PagerUnavailable(cause="the VMM has ended")
+            files = [f"{record.root}.{device}" for device in devices]
+            self.pager.attach(record.id, files, pidfd.fileno())
+
+    def ended(self, record: SandboxRecord) -> str | None:
+        """A VMM is gone: let go of it. Why it was killed, where that was over its memory."""
+        if record.pager is None:
+            return None
+        try:
+            if self.pager.pair(start=False).instance != record.pager:
+                return LOST
+            killed = self.pager.detach(record.id)
+        except PagerUnavailable:
+            return LOST
+        return f"{killed['blob']} could not be served: {killed['cause']}" if killed else None
+
+    def end_if_lost(self, record: SandboxRecord, process: ProcessRef) -> None:
+        """End a VMM whose pager and keeper are both dead."""
+        if not self.is_lost(record):
+            return
+        pidfd = Pidfd(process)
+        pidfd.kill()
+        pidfd.wait(VMM_EXIT_S)
+        pidfd.close()
+
+    def is_lost(self, record: SandboxRecord) -> bool:
+        """Whether what serves it is not there any more."""
+        if record.pager is None:
+            return False
+        try:
+            return self.pager.pair(start=False).instance != record.pager
+        except PagerUnavailable:
+            return True
+
+    def adopt(self) -> None:
+        """Take up the files that an earlier daemon left, if there is a pager."""
+        try:
+            self.pager.pair(start=False)
+            self.served.adopt()
+        except DiapauseError as error:
+            log.info("no files of a pager are taken up: %s", error)
+
+    def close(self) -> None:
+        """Let go of it; pager, keeper and guests go on."""
+        self.served.close()
+        self.pager.close()

@@ -1,0 +1,61 @@
+"""Watches the pair of processes that serves memory, while guests run on it.
+
+Each of the two starts the other again. Only when both are dead does anybody have to act: their
+guests are ended, since what they would get for a page that is not there nobody can say.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from diapause.errors import DiapauseError
+from diapause.sandbox.rescue import REFUSALS
+
+if TYPE_CHECKING:
+    from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.ondemand")
+_LOOK_S = 0.5
+
+
+class PagerWatch:
+    """One thread, from the first guest on that is served until the daemon ends."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._guard = threading.Lock()
+        self._running = False
+
+    def begin(self) -> None:
+        """Watch from now on; where it is watched already nothing changes."""
+        with self._guard:
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._watch, name="diapause-pager", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._host.closed.wait(_LOOK_S):
+            try:
+                self._look()
+            except REFUSALS as error:
+                log.warning("the pager could not be looked at: %s", error)
+            except Exception:
+                log.exception("looking at the pager")
+
+    def _look(self) -> None:
+        """A VMM that is killed here is settled by whoever watches its end."""
+        host = self._host
+        for sandbox, guest in list(host.guests.items()):
+            record = host.catalog.sandbox(sandbox)
+            if record is None or record.pager is None or guest.machine is None:
+                continue
+            if record.process is None or record.process.pid != guest.machine.process.pid:
+                continue
+            if host.ondemand.is_lost(record):
+                log.warning("%s: its pager and the keeper have ended: so does its VMM", sandbox)
+                try:
+                    guest.machine.kill()
+                except DiapauseError as error:
+                    log.warning("%s can't be ended: %s", sandbox, error)

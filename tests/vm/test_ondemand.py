@@ -1,0 +1,144 @@
+"""Guests whose memory and disks are served on demand: real ones, resumed and forked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from diapause.errors import DiapauseError
+from diapause.model import ResumeRequest
+from diapause.pager.client import Pager
+from tests.framework.fake_home import eventually
+from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
+
+pytestmark = pytest.mark.vm
+
+ONDEMAND = ResumeRequest(memory_mode="ondemand")
+
+
+def test_a_guest_runs_before_its_memory_is_read(daemon: Daemon, guest: Sandbox) -> None:
+    """Nothing is materialized; every byte is as it was; it pauses and resumes again."""
+    guest.start_counter()
+    digests, before = guest.rewrite(), guest.counted()
+    snapshot = guest.pause("disk").snapshot
+    daemon.packed(snapshot)
+    answer = daemon.client.resume(guest.id, ONDEMAND)
+    assert (answer.warm, answer.memory_mode) == (True, "ondemand"), answer.notes
+    maps = Path(f"/proc/{guest.vmm_pid}/maps").read_text()
+    assert f"{snapshot}.memory" in maps
+    assert "/flat/" not in maps
+    guest.counts_beyond(before)
+    assert guest.digests() == digests
+    digests = guest.rewrite(64)
+    guest.pause("disk")
+    assert daemon.client.resume(guest.id, ONDEMAND).memory_mode == "ondemand"
+    assert guest.digests() == digests
+
+
+@pytest.mark.parametrize("who", ["pager", "keeper"])
+def test_one_of_the_two_dies_and_the_guest_only_waits(
+    daemon: Daemon, guest: Sandbox, who: str
+) -> None:
+    digests = guest.rewrite()
+    guest.pause("process")
+    daemon.client.resume(guest.id, ONDEMAND)
+    pager = Pager(daemon.home)
+    for _ in range(5):
+        pair = pager.pair(start=False)
+        dead = pair.pid if who == "pager" else pair.keeper_pid
+        os.kill(dead, signal.SIGKILL)
+        assert guest.digests() == digests
+        eventually("another one", partial(_is_replaced, pager, dead), WAIT_S)
+    assert guest.state == "running"
+    pager.close()
+
+
+def _is_replaced(pager: Pager, dead: int) -> bool:
+    pair = pager.pair(start=False)
+    return dead not in (pair.pid, pair.keeper_pid)
+
+
+def test_when_both_die_the_guest_ends_and_its_snapshot_can_be_resumed(
+    daemon: Daemon, guest: Sandbox
+) -> None:
+    digests = guest.rewrite()
+    snapshot = guest.pause("disk").snapshot
+    daemon.client.resume(guest.id, ONDEMAND)
+    kill_both(daemon)
+    eventually("its end", lambda: guest.state == "failed", WAIT_S)
+    assert "keeper" in (daemon.client.inspect(guest.id).reason or "")
+    with guest.forked(snapshot) as fork:
+        assert fork.digests() == digests
+
+
+def kill_both(daemon: Daemon) -> None:
+    """Stopped first: neither starts the other again meanwhile."""
+    with contextlib.closing(Pager(daemon.home)) as pager:
+        pair = pager.pair(start=False)
+    for signal_ in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in (pair.pid, pair.keeper_pid):
+            os.kill(pid, signal_)
+
+
+def test_a_new_daemon_takes_its_guests_up(daemon: Daemon, guest: Sandbox) -> None:
+    """Served from a capture that is not packed when it dies, from builds afterwards."""
+    guest.start_counter()
+    digests, before = guest.rewrite(), guest.counted()
+    snapshot = guest.pause("process").snapshot
+    daemon.client.resume(guest.id, ONDEMAND)
+    daemon.kill()
+    guest.counts_beyond(before)
+    daemon.packed(snapshot)
+    assert not daemon.home.capture(snapshot).exists()
+    assert not list(daemon.home.served.glob(f"{snapshot}.*"))
+    with contextlib.closing(Pager(daemon.home)) as pager:
+        os.kill(pager.pair(start=False).pid, signal.SIGKILL)  # the next one reads everything anew
+    assert guest.digests() == digests
+
+
+def test_a_damaged_build_ends_the_guest_with_its_name(daemon: Daemon, guest: Sandbox) -> None:
+    """The guest never sees it: it waits, then its VMM is killed; mended, it can be resumed."""
+    digests = guest.rewrite()
+    snapshot = guest.pause("disk").snapshot
+    daemon.packed(snapshot)
+    own = daemon.client.inspect_snapshot(snapshot).devices[0].builds
+    assert own
+    blobs = [daemon.home.builds / build for build in own]
+    with contextlib.ExitStack() as damage:
+        for blob in blobs:
+            damage.enter_context(flipped_everywhere(blob))
+        with contextlib.suppress(DiapauseError):  # whichever page is wanted first
+            daemon.client.resume(guest.id, ONDEMAND)
+        eventually("its end", lambda: guest.state in ("failed", "paused"), WAIT_S)
+        told = daemon.home.pager_log.read_text()
+        assert any(f"builds/{blob.name}: " in told for blob in blobs)
+    if guest.state == "paused":
+        daemon.client.resume(guest.id, ONDEMAND)
+        assert guest.digests() == digests
+    with guest.forked(snapshot) as fork:
+        assert fork.digests() == digests
+
+
+@contextlib.contextmanager
+def flipped_everywhere(blob: Path) -> Iterator[None]:
+    """Every frame of a build is damaged, its table is not: in a copy that takes its place."""
+    before = blob.read_bytes()
+    table = int.from_bytes(before[-48:-40], "little")
+    frames = bytes(byte ^ 1 for byte in before[32:table])
+    _replace(blob, before[:32] + frames + before[table:])
+    try:
+        yield
+    finally:
+        _replace(blob, before)
+
+
+def _replace(blob: Path, data: bytes) -> None:
+    fresh = blob.with_name(f"{blob.name}.fresh")
+    fresh.write_bytes(data)
+    fresh.replace(blob)
