@@ -120,11 +120,14 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
 fn hello(service: &Arc<Service>) -> Answered {
     let greeted = service.wait_for_kernel(GREETING);
     let (minor, resend) = greeted.ok_or("the kernel does not greet the pager")?;
-    let keeper = service.keep.keeper_pid();
+    let keeper = service
+        .keep
+        .keeper_pid()
+        .map_err(|error| error.to_string())?;
     let mount = service.server.fuse.mount_fd().try_clone();
     let said = serde_json::json!({
         "instance": service.settings.instance, "pid": std::process::id(),
-        "keeper_pid": keeper.map_err(|error| error.to_string())?, "version": env!("CARGO_PKG_VERSION"),
+        "keeper_pid": keeper, "version": env!("CARGO_PKG_VERSION"),
         "kernel_minor": minor, "replaceable": resend,
     });
     Ok((said, vec![mount.map_err(|error| error.to_string())?]))

@@ -1,7 +1,7 @@
 //! The two processes of a home: `diapause-pager start|first|keeper|pager NAME`.
 //!
 //! `start`: the daemon's word. It starts `first` and ends, so that the two are nobody's children.
-//! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: the settings
+//! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: settings,
 //! and the socket for clients. It becomes the keeper and starts the pager.
 //! `keeper`, `pager`: one of the two, started by the other, which is at the end of its standard
 //! input. NAME is not read: a process is found by it.

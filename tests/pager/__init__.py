@@ -1,0 +1,1 @@
+"""The pager: the two processes, and how its daemon asks them."""

@@ -1,0 +1,171 @@
+"""The pair of processes that serves snapshots: real ones, a real mount, no guest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diapause.catalog import SnapshotRecord
+from diapause.driver.process import find_by_argument
+from diapause.errors import PagerUnavailable
+from diapause.pager import process
+from diapause.pager.client import Pager
+from diapause.sandbox.host import Host
+from diapause.store.home import Home
+from tests.framework import captured_home as made
+from tests.framework.fake_home import eventually
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def host(home: Home) -> Iterator[Host]:
+    with made.host_of(home) as host:
+        yield host
+
+
+@pytest.fixture
+def record(host: Host) -> SnapshotRecord:
+    """A packed snapshot."""
+    return made.packed(host)
+
+
+@pytest.fixture
+def pager(host: Host, record: SnapshotRecord) -> Iterator[Pager]:
+    """A pager that has its files."""
+    with contextlib.closing(Pager(host.home)) as pager:
+        pager.pair(start=True)
+        for device in record.devices:
+            pager.put(f"{record.id}.{device.name}", spec(host, record, device.name))
+        yield pager
+
+
+def spec(host: Host, record: SnapshotRecord, name: str) -> dict[str, Any]:
+    device = next(d for d in record.devices if d.name == name)
+    return {
+        "size_bytes": device.size_bytes, "header_digest": device.header_digest,
+        "header": str(host.home.snapshot(record.id) / f"{name}.header"),
+        "builds": str(host.home.builds),
+    }  # fmt: skip
+
+
+def uncached(path: Path) -> bytes:
+    """A file's bytes, asked of the pager again."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
+
+
+def check(host: Host, pager: Pager, record: SnapshotRecord) -> None:
+    """Every byte is the flat file's."""
+    flat = host.flats.ensure(record)
+    for device in record.devices:
+        found = uncached(pager.path(f"{record.id}.{device.name}"))
+        assert found == flat.files[device.name].read_bytes(), device.name
+
+
+def test_every_byte_is_the_snapshot_s(host: Host, pager: Pager, record: SnapshotRecord) -> None:
+    assert pager.names() == sorted(f"{record.id}.{d.name}" for d in record.devices)
+    check(host, pager, record)
+
+
+def test_it_is_mounted_nowhere(pager: Pager, record: SnapshotRecord) -> None:
+    """Nobody can come upon it, unmount it, or be held up by it."""
+    assert pager.path(f"{record.id}.memory").stat().st_size > 0
+    assert "diapause" not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.parametrize("who", ["pager", "keeper"])
+def test_the_other_starts_it_again(
+    host: Host, pager: Pager, record: SnapshotRecord, who: str
+) -> None:
+    """With all that it had, the same instance."""
+    first = pager.pair(start=False)
+    for _ in range(5):
+        pair = pager.pair(start=False)
+        dead = pair.pid if who == "pager" else pair.keeper_pid
+        os.kill(dead, signal.SIGKILL)
+        check(host, pager, record)
+        eventually("another", partial(is_replaced, pager, dead), WAIT_S)
+    assert pager.pair(start=False).instance == first.instance
+
+
+def is_replaced(pager: Pager, dead: int) -> bool:
+    pair = pager.pair(start=False)
+    return dead not in (pair.pid, pair.keeper_pid)
+
+
+def test_when_both_die_there_is_none_and_another_can_be_started(
+    host: Host, pager: Pager, record: SnapshotRecord
+) -> None:
+    pair = pager.pair(start=False)
+    for signal_ in (signal.SIGSTOP, signal.SIGKILL):  # neither starts the other meanwhile
+        for pid in (pair.pid, pair.keeper_pid):
+            os.kill(pid, signal_)
+    eventually("their end", lambda: not find_by_argument(process.name_of(host.home)), WAIT_S)
+    with pytest.raises(PagerUnavailable, match="does not run"):
+        pager.pair(start=False)
+    with pytest.raises(OSError, match="not connected"):  # never zeros: it is an error
+        uncached(pager.path(f"{record.id}.memory"))
+    again = pager.pair(start=True)
+    assert again.instance != pair.instance
+    assert pager.names() == []
+
+
+def test_who_runs_on_a_file_keeps_it_and_the_two(pager: Pager, record: SnapshotRecord) -> None:
+    file = f"{record.id}.memory"
+    with subprocess.Popen(["sleep", "600"]) as vmm:
+        pidfd = os.pidfd_open(vmm.pid)
+        pager.attach("one", [file], pidfd)
+        os.close(pidfd)
+        os.kill(pager.pair(start=False).pid, signal.SIGKILL)  # the next one knows it as well
+        assert pager.seen("one")["pid"] == vmm.pid
+        with pytest.raises(PagerUnavailable, match="one runs on"):
+            pager.remove(file)
+        with pytest.raises(PagerUnavailable, match="one runs"):
+            pager.stop()
+        vmm.kill()
+        vmm.wait()
+        assert pager.detach("one") is None
+    pager.remove(file)
+    assert file not in pager.names()
+
+
+@pytest.mark.parametrize(
+    ("ask", "cause"),
+    [
+        ({"put": {"name": "../x", "spec": {}}}, "missing field"),
+        ({"nothing": {}}, "unknown variant"),
+        ({"attach": {"sandbox": "a", "files": []}}, "handle of a process"),
+        ({"seen": {"sandbox": "nobody"}}, "no VMM"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_costs_nobody_anything(
+    host: Host, pager: Pager, record: SnapshotRecord, ask: dict[str, Any], cause: str
+) -> None:
+    pid = pager.pair(start=False).pid
+    with pytest.raises(PagerUnavailable, match=cause):
+        pager.ask(ask)
+    assert pager.pair(start=False).pid == pid
+    check(host, pager, record)
+
+
+def test_a_name_that_leads_elsewhere_is_refused(
+    host: Host, pager: Pager, record: SnapshotRecord
+) -> None:
+    for name in ("", "..", "a/b", ".hidden", "x" * 200):
+        with pytest.raises(PagerUnavailable, match="is no name"):
+            pager.put(name, spec(host, record, "memory"))
+
+
+def test_it_ends_when_nobody_needs_it(host: Host, pager: Pager) -> None:
+    pager.stop()
+    eventually("their end", lambda: not find_by_argument(process.name_of(host.home)), WAIT_S)
