@@ -408,6 +408,7 @@ class SandboxDetail(Answer):
     doing: str | None  # the journal's open verb and step
     directory: str
     confinement: Confinement | None = None  # of a VMM that runs
+    served: dict[str, Any] | None = None  # what the pager counted; None: memory in plain files
     net: str = "none"
     ports: list[PortForward] = []
 

@@ -15,7 +15,7 @@ from diapause.errors import DiapauseError
 from diapause.model import ResumeRequest
 from diapause.pager.client import Pager
 from tests.framework.fake_home import eventually
-from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
+from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
 
@@ -35,6 +35,12 @@ def test_a_guest_runs_before_its_memory_is_read(daemon: Daemon, guest: Sandbox) 
     assert "/flat/" not in maps
     guest.counts_beyond(before)
     assert guest.digests() == digests
+    served = daemon.client.inspect(guest.id).served
+    assert served is not None
+    memory = next(file for file in served["files"] if file["name"].endswith(".memory"))
+    read = sum(reads["bytes"] for reads in memory["seen"]["reads"].values())
+    assert 0 < read < MEMORY_BYTES, "all of the memory was read"
+    assert memory["stalled"] is None
     digests = guest.rewrite(64)
     guest.pause("disk")
     assert daemon.client.resume(guest.id, ONDEMAND).memory_mode == "ondemand"

@@ -1,5 +1,6 @@
 //! The two processes of a home: `diapause-pager start|first|keeper|pager NAME`.
 //!
+//! `probe`: whether this host lets us mount FUSE, tried and let go of.
 //! `start`: the daemon's word. It starts `first` and ends, so that the two are nobody's children.
 //! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: settings,
 //! and the socket for clients. It becomes the keeper and starts the pager.
@@ -10,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, ExitCode};
 
+use diapause_pager::fuse::Fuse;
 use diapause_pager::kept::{pidfd, Kept};
 use diapause_pager::service::Service;
 use diapause_pager::{control, keeper};
@@ -22,7 +24,7 @@ fn main() -> ExitCode {
     match run(&role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            eprintln!("usage: diapause-pager start|first|keeper|pager NAME");
+            eprintln!("usage: diapause-pager probe|start|first|keeper|pager NAME");
             ExitCode::from(2)
         }
         Err(error) => {
@@ -33,8 +35,11 @@ fn main() -> ExitCode {
 }
 
 fn run(role: &str) -> io::Result<()> {
-    if !matches!(role, "start" | "first" | "keeper" | "pager") {
+    if !matches!(role, "probe" | "start" | "first" | "keeper" | "pager") {
         return Err(io::ErrorKind::InvalidInput.into());
+    }
+    if role == "probe" {
+        return Fuse::mount().map(drop);
     }
     if role == "start" {
         let name = std::env::args().nth(2).unwrap_or_default();

@@ -31,6 +31,17 @@ def name_of(home: Home) -> str:
     return f"diapause-pager-{home.key}"
 
 
+def probe() -> str | None:
+    """Why nothing can be served here; None where it can. Tried, and let go of."""
+    try:
+        done = subprocess.run(
+            [str(PROGRAM), "probe"], capture_output=True, text=True, check=False, timeout=PAGER_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None if done.returncode == 0 else done.stderr.strip().removeprefix("probe: ")[:500]
+
+
 def start(home: Home) -> None:
     """Start a pair; only where there is none. Raises PagerUnavailable."""
     if not PROGRAM.exists():

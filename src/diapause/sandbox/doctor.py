@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from diapause.errors import DiapauseError
 from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, Check, DoctorAnswer, ResumeRequest, RunRequest
+from diapause.pager import process
 from diapause.sandbox.admit import available_memory
 from diapause.sandbox.confinement import confinement_checks
 from diapause.sandbox.verb import new_id
@@ -38,9 +39,10 @@ def examine(engine: Engine) -> DoctorAnswer:
     proved = _guest(engine)  # first: it also proves the accelerator
     checks = [
         _kernel(), _kvm(engine), _qemu(engine), _tools(), _buffers(engine), _space(engine),
-        _memory(), _tracker(engine), *proved,
+        _memory(), _tracker(engine), _fuse(), *proved,
     ]  # fmt: skip
-    return DoctorAnswer(checks=checks, daemon_pid=os.getpid(), pager_pid=None)
+    pager_pid = engine.host.ondemand.pid()
+    return DoctorAnswer(checks=checks, daemon_pid=os.getpid(), pager_pid=pager_pid)
 
 
 def _kernel() -> Check:
@@ -69,6 +71,17 @@ def _kvm(engine: Engine) -> Check:
         "tcg": "/dev/kvm opens and does not run a guest: guests run under TCG",
     }.get(known or "", "not proved yet: the next `run` tries it")
     return Check(name="kvm", ok=known == "kvm", detail=detail, required=False)
+
+
+def _fuse() -> Check:
+    """A mount of the pager's kind, made and let go of."""
+    cause = process.probe()
+    return Check(
+        name="fuse", ok=cause is None, required=False,
+        detail=cause or "memory can be served on demand",
+        fix="" if cause is None else "It takes /dev/fuse (`modprobe fuse`) and the right to mount; "
+        "without it `resume` copies memory first.",
+    )  # fmt: skip
 
 
 def _qemu(engine: Engine) -> Check:

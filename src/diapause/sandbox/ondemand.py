@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diapause.driver.process import Pidfd
 from diapause.errors import DiapauseError, PagerUnavailable
@@ -94,6 +94,22 @@ class Ondemand:
             return self.pager.pair(start=False).instance != record.pager
         except PagerUnavailable:
             return True
+
+    def seen(self, record: SandboxRecord) -> dict[str, Any] | None:
+        """What the pager counted of a sandbox, where it serves it and answers."""
+        if record.pager is None:
+            return None
+        try:
+            return self.pager.seen(record.id)
+        except PagerUnavailable as error:
+            return {"error": error.message}
+
+    def pid(self) -> int | None:
+        """The pager's process, where it runs."""
+        try:
+            return self.pager.pair(start=False).pid
+        except PagerUnavailable:
+            return None
 
     def adopt(self) -> None:
         """Take up the files that an earlier daemon left, if there is a pager."""

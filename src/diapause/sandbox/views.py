@@ -52,6 +52,7 @@ def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
         tracker=record.tracker, hostname=record.hostname, net=record.net, ports=record.ports,
         doing=_doing(host.catalog, record.id),
         directory=str(host.home.sandbox(record.id)), confinement=confinement_of(record),
+        served=host.ondemand.seen(record),
     )  # fmt: skip
 
 
