@@ -27,4 +27,5 @@ pub mod seen;
 pub mod server;
 pub mod service;
 pub mod spec;
+pub mod uffd;
 pub mod wire;
