@@ -210,16 +210,19 @@ impl Filler<'_> {
     }
 
     /// Pages that were filled and not given back are there, or nobody knows what they should be.
-    fn check_run(&self, (first, count): (u32, u32)) -> Result<(), Trouble> {
-        for page in first..first + count {
+    ///
+    /// Poisoning asks that without a moment in which anybody could see a wrong byte: a page that is
+    /// there is left alone, EEXIST. (A COPY that can't succeed does not tell: it reads its source
+    /// before it looks.) Before Linux 6.6 such a page is taken for one that was given back.
+    fn check_run(&self, run: (u32, u32)) -> Result<(), Trouble> {
+        for page in run.0..run.0 + run.1 {
             let (at, len) = self.range(page, 1);
-            match self.uffd.probe(at, len).map_err(kernel)? {
+            match self.uffd.poison(at, len) {
                 Filled::Present | Filled::Unmapped => {}
+                Filled::Bytes(_) => return Err(Trouble::Vanished(at)),
                 Filled::Changing => return Err(Trouble::Changing),
                 Filled::Gone => return Err(Trouble::Gone),
-                Filled::Failed(Errno::EFAULT) | Filled::Bytes(_) => {
-                    return Err(Trouble::Vanished(at))
-                }
+                Filled::Failed(Errno::EINVAL) => self.zero_run((page, 1), &mut Done::default())?,
                 Filled::Failed(error) => return Err(Trouble::Kernel(error)),
             }
         }

@@ -226,7 +226,7 @@ impl Uffd {
     }
 
     /// Asks what would come of a COPY of `len` bytes, and changes nothing: its source can't be
-    /// read. `Failed(EFAULT)` means that the page is missing and could be filled.
+    /// read. `Failed(EFAULT)` means that the range is one that could be filled, if it is missing.
     ///
     /// # Errors
     /// Where there is no memory.
