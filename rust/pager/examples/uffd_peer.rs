@@ -345,7 +345,7 @@ impl Model {
         let dice = pattern::next(random) % 100;
         match (self.is_free(page), dice) {
             (true, 0) if self.memory.page_size == PAGE => {
-                let left = self.group() - page % self.group();
+                let left = (self.group() - page % self.group()).min(pages - page);
                 self.remove_free(page, pattern::next(random) % left + 1);
             }
             (true, 0) => self.remove_free(page / self.group() * self.group(), self.group()),

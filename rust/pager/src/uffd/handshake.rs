@@ -18,7 +18,7 @@ use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags, UnixAddr};
 
 use super::host::Host;
 use super::ioctl::{features, Filled, Uffd};
-use super::regions::{parse, BadRegions, Message, Region, Regions, HUGE_BYTES, SMALL_BYTES};
+use super::regions::{parse, BadRegions, Message, Region, Regions, SMALL_BYTES};
 use super::vmm::{Process, Vmm};
 
 /// Bytes of a message: [`super::regions::REGIONS_MAX`] regions have room.
@@ -45,8 +45,6 @@ pub enum Refusal {
     Features(u64),
     /// A region is not registered with it, or has other pages.
     NotRegistered(Region),
-    /// Events are queued before anybody could read them.
-    TooEarly,
     /// Not a byte came in time.
     Silent,
     /// The peer left, or its time was over, in the middle of its message.
@@ -81,7 +79,6 @@ impl Refusal {
             Self::NotUserfaultfd => "not_userfaultfd",
             Self::Features(_) => "features",
             Self::NotRegistered(_) => "not_registered",
-            Self::TooEarly => "too_early",
             Self::Silent => "silent",
             Self::HalfMessage => "half_message",
             Self::Crowded => "crowded",
@@ -103,7 +100,6 @@ impl fmt::Display for Refusal {
             Self::NotUserfaultfd => write!(to, "the descriptor is no userfaultfd that is set up"),
             Self::Features(asked) => write!(to, "its features are {asked:#x}"),
             Self::NotRegistered(region) => write!(to, "{region} is not registered as it says"),
-            Self::TooEarly => write!(to, "events are queued already"),
             Self::Silent => write!(to, "nothing came in time"),
             Self::HalfMessage => write!(to, "the message has no end"),
             Self::Crowded => write!(to, "it said nothing while others waited"),
@@ -313,17 +309,19 @@ fn prove_region(uffd: &Uffd, region: &Region) -> Result<(), Refusal> {
     for page in [0, region.pages() - 1] {
         match uffd.probe(region.address(page), size)? {
             Filled::Failed(Errno::EFAULT) | Filled::Present => {}
-            Filled::Changing => return Err(Refusal::TooEarly),
+            // It runs and gives memory back already: what it said shows when it is served.
+            Filled::Changing => return Ok(()),
             Filled::Gone => return Err(Refusal::NoPeer(Errno::ESRCH.into())),
             _ => return Err(Refusal::NotRegistered(*region)),
         }
     }
     let small = uffd.probe(region.base, SMALL_BYTES)?;
     // Huge pages can't be filled by parts.
-    if size == HUGE_BYTES && small != Filled::Failed(Errno::EINVAL) {
-        return Err(Refusal::NotRegistered(*region));
+    match small {
+        Filled::Failed(Errno::EINVAL) | Filled::Changing => Ok(()),
+        _ if size == SMALL_BYTES => Ok(()),
+        _ => Err(Refusal::NotRegistered(*region)),
     }
-    Ok(())
 }
 
 /// Bytes that came, descriptors that came with them, and whether some had no room.

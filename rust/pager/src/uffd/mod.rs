@@ -2,7 +2,7 @@
 //!
 //! A VMM connects to a socket and says its regions, with the descriptor of its memory
 //! ([`handshake`], [`regions`]). From then on its page faults are answered from a device
-//! ([`session`], [`fill`]), by a few threads for all VMMs of the process ([`server`]). What a
+//! ([`session`], [`fill`]), by a few threads for all VMMs of the process ([`crew`]). What a
 //! successor needs is in descriptors that a keeper holds too ([`ledger`], [`Kept`]).
 //!
 //! Invariants:
@@ -11,6 +11,8 @@
 //! - What can't be read is waited for within a bound. Then the VMM is killed, or the page poisoned.
 //! - A VMM is dead before its descriptor is closed ([`vmm`]).
 
+pub mod crew;
+pub mod door;
 pub mod fill;
 pub mod handshake;
 pub mod host;
@@ -22,7 +24,8 @@ pub mod server;
 pub mod session;
 pub mod vmm;
 
+pub use crew::Limits;
 pub use handshake::Refusal;
 pub use host::{Ending, Guest, Host, Kept, OnBad, Options, Pages, Served, Why, Witness};
 pub use regions::{Region, Regions};
-pub use server::{Limits, Server};
+pub use server::Server;

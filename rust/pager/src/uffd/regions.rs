@@ -326,7 +326,7 @@ mod tests {
         ] {
             assert_eq!(new(&[bad]), Err(BadRegions::Unaligned(bad)));
         }
-        let top = u64::MAX & !4095;
+        let top = !4095_u64;
         for bad in [
             region(top, 8192, 0, SMALL_BYTES),
             region(MIB, 8192, top, SMALL_BYTES),

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -80,6 +81,12 @@ pub struct State {
     pub pages: u64,
 }
 
+/// An answer that takes longer is one that nobody else should wait for; nothing that is in memory
+/// does, also not on a machine that is busy.
+const SLOW: Duration = Duration::from_millis(2);
+/// So many quick answers after a slow one, and it is taken for chance.
+const QUICK: u32 = 64;
+
 /// One VMM.
 #[derive(Debug)]
 pub struct Session {
@@ -93,6 +100,8 @@ pub struct Session {
     order: RwLock<()>,
     queue: Mutex<Queue>,
     ending: OnceLock<Ending>,
+    /// Quick answers that are wanted.
+    slow: AtomicU32,
     _stream: Option<UnixStream>,
 }
 
@@ -116,6 +125,7 @@ impl Session {
             order: RwLock::default(),
             queue: Mutex::default(),
             ending: OnceLock::new(),
+            slow: AtomicU32::new(1),
             _stream: stream,
         }
     }
@@ -198,14 +208,29 @@ impl Session {
         self.ending.get().is_some()
     }
 
-    /// Reads all messages; how many more threads would find something to do.
+    /// Whether its answers take long, or nobody knows yet.
+    pub fn is_slow(&self) -> bool {
+        self.slow.load(Ordering::Relaxed) > 0
+    }
+
+    fn note_latency(&self, latency: Duration) {
+        let order = Ordering::Relaxed;
+        let left = self.slow.load(order);
+        if latency > SLOW {
+            self.slow.store(QUICK, order);
+        } else if left > 0 {
+            self.slow.store(left - 1, order);
+        }
+    }
+
+    /// Reads all messages; how many threads would find something to do now.
     pub fn ready(&self) -> usize {
         if let Err(why) = self.drain() {
             self.kill(why);
         }
         let queue = self.lock();
-        let room = self.parallel().saturating_sub(queue.in_hand.len() + 1);
-        queue.pending.len().saturating_sub(1).min(room)
+        let room = self.parallel().saturating_sub(queue.in_hand.len());
+        queue.pending.len().min(room)
     }
 
     /// Serves what waits, as long as something does. Returns at once where enough threads do so.
@@ -233,8 +258,7 @@ impl Session {
     }
 
     /// Looks after what waits: faults that are to be tried again become work, and one that a thread
-    /// has not answered within the bound ends the VMM. Says whether there is work, and when to look
-    /// again.
+    /// has not answered within the bound ends the VMM. Whether there is work, and when to look again.
     pub fn tend(&self, now: Instant) -> (bool, Option<Instant>) {
         let Some(guest) = self.guest.get().filter(|_| !self.is_over()) else {
             return (false, None);
@@ -258,7 +282,7 @@ impl Session {
         queue
             .pending
             .extend(due.into_iter().map(|stalled| stalled.fault));
-        let next = queue.stalled.iter().map(|stalled| stalled.at).min();
+        let again = queue.stalled.iter().map(|stalled| stalled.at).min();
         drop(queue);
         if slow {
             let blob = "the device";
@@ -268,7 +292,7 @@ impl Session {
         if hung {
             self.kill(Why::Hung);
         }
-        (work, next)
+        (work, again)
     }
 
     /// Fills pages ahead of the VMM, from the device's byte `offset` on, verified and in windows.
@@ -416,13 +440,17 @@ impl Session {
 
     fn serve(&self, fault: Fault, scratch: &mut Scratch) {
         match self.answer(&fault, scratch) {
-            Ok((origin, filled)) => self.guest().witness.served(&Served {
-                origin,
-                latency: fault.since.elapsed(),
-                pages: fault.wanted.count_ones(),
-                bytes: u64::from(filled) * self.regions.list()[fault.window.region].page_size,
-                stalled: fault.stalled,
-            }),
+            Ok((origin, filled)) => {
+                let latency = fault.since.elapsed();
+                self.note_latency(latency);
+                self.guest().witness.served(&Served {
+                    origin,
+                    latency,
+                    pages: fault.wanted.count_ones(),
+                    bytes: u64::from(filled) * self.regions.list()[fault.window.region].page_size,
+                    stalled: fault.stalled,
+                });
+            }
             // Its pidfd says so too.
             Err(Trouble::Gone | Trouble::Changing) => {}
             // Perhaps it is a page of the window that nobody waits for.

@@ -264,6 +264,8 @@ impl Host for House {
     }
 
     fn refused(&self, _pid: i32, why: &Refusal) {
+        // Seen where the test fails.
+        println!("refused: {why}");
         self.notes.note(format!("refused {}", why.code()));
     }
 }
