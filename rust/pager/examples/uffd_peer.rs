@@ -19,9 +19,13 @@ use std::{env, process, thread};
 
 use diapause_pager::packet;
 use diapause_pager::uffd::ioctl::{features, Uffd};
+use diapause_pager::uffd::memory::Mapping;
 use diapause_pager::uffd::{Guest, Kept, Limits, Options, Region, Server, Witness};
+use nix::fcntl::{fallocate, FallocateFlags};
 use nix::libc;
+use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags, UnixAddr};
+use nix::unistd::ftruncate;
 use serde::{Deserialize, Serialize};
 
 const PAGE: u64 = 4096;
@@ -57,15 +61,24 @@ struct Orders {
 struct Memory {
     regions: Vec<Region>,
     page_size: u64,
+    /// What is behind the first region, where it is a file.
+    file: Option<OwnedFd>,
 }
 
 impl Memory {
     fn map(orders: &Orders) -> Self {
         let page_size = if orders.huge { 2 << 20 } else { PAGE };
-        let mut offset = 0;
+        let (mut offset, mut file) = (0, None);
         let regions = orders.regions.iter().map(|&size| {
+            let base = if orders.mode == "file" && file.is_none() {
+                let (base, behind) = map_file(size);
+                file = Some(behind);
+                base
+            } else {
+                map(size, orders.huge)
+            };
             let region = Region {
-                base: map(size, orders.huge),
+                base,
                 size,
                 offset,
                 page_size,
@@ -73,9 +86,11 @@ impl Memory {
             offset += size;
             region
         });
+        let regions = regions.collect();
         Self {
-            regions: regions.collect(),
+            regions,
             page_size,
+            file,
         }
     }
 
@@ -107,6 +122,21 @@ impl Memory {
         unsafe { self.word(page, at).write_volatile(value) }
     }
 
+    /// Makes pages a mapping of their own: they may not be written any more.
+    fn split(&self, page: u64, count: u64) {
+        let (at, length) = (self.address(page), count * PAGE);
+        // SAFETY: the range is ours, and nobody writes to it.
+        let result = unsafe { libc::mprotect(at as *mut _, length as usize, libc::PROT_READ) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    /// Takes pages out of the file behind the first region, which no message says.
+    fn punch(&self, page: u64, count: u64) {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let file = self.file.as_ref().unwrap();
+        fallocate(file, mode, (page * PAGE) as i64, (count * PAGE) as i64).unwrap();
+    }
+
     /// Gives pages back; all of them in one region.
     fn remove(&self, page: u64, count: u64) {
         let (at, length) = (self.address(page), count * PAGE);
@@ -114,6 +144,17 @@ impl Memory {
         let result = unsafe { libc::madvise(at as *mut _, length as usize, libc::MADV_DONTNEED) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
     }
+}
+
+/// Memory of a file that nobody else has.
+fn map_file(size: u64) -> (u64, OwnedFd) {
+    let file = memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap();
+    ftruncate(&file, size as i64).unwrap();
+    let map = Mapping::shared(&file, size as usize).unwrap();
+    let start = map.address();
+    // It stays for as long as the process.
+    std::mem::forget(map);
+    (start, file)
 }
 
 fn map(size: u64, huge: bool) -> u64 {
@@ -185,7 +226,8 @@ fn spoil(mode: &str, said: &mut Vec<Region>) {
     }
 }
 
-/// `touch P`, `write P`, `remove P N`, `quit`: each answered with a line, in its own time.
+/// `touch P`, `write P VALUE`, `remove P N`, `split P N`, `punch P N`, `quit`: each answered with a
+/// line, in its own time.
 fn script(memory: &Arc<Memory>) {
     println!("ready");
     for line in io::stdin().lock().lines() {
@@ -202,12 +244,13 @@ fn script(memory: &Arc<Memory>) {
                 "touch" => {}
                 "write" => memory.write(page, 1, number(2)),
                 "remove" => memory.remove(page, number(2)),
+                "split" => memory.split(page, number(2)),
+                "punch" => memory.punch(page, number(2)),
                 other => panic!("{other}"),
             }
-            if words[0] == "remove" {
-                println!("removed {page}");
-            } else {
-                println!("page {page} {}", memory.read(page, 1));
+            match words[0].as_str() {
+                "touch" | "write" => println!("page {page} {}", memory.read(page, 1)),
+                done => println!("{done} {page}"),
             }
         });
     }

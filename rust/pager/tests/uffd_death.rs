@@ -200,7 +200,7 @@ fn what_a_dead_server_read_and_did_not_answer_or_note_is_found_again() {
     // nobody noted it.
     client.say("remove 100 20");
     read_and_die(kept, event::REMOVE);
-    assert_eq!(client.line(), "removed 100");
+    assert_eq!(client.line(), "remove 100");
     assert_eq!(client.line_within(Duration::from_millis(200)), None);
     let (server, notes) = take_up(again(kept), &orders);
     assert_eq!(

@@ -132,11 +132,11 @@ fn a_page_that_was_given_back_is_zeros_and_its_neighbours_are_not() {
     };
     ask("touch 20", page(20));
     ask("write 20 77", "page 20 77".into());
-    ask("remove 20 1", "removed 20".into());
+    ask("remove 20 1", "remove 20".into());
     ask("touch 20", "page 20 0".into());
     ask("write 20 78", "page 20 78".into());
     // Never touched before: the snapshot's bytes are gone all the same.
-    ask("remove 40 3", "removed 40".into());
+    ask("remove 40 3", "remove 40".into());
     ask("touch 41", "page 41 0".into());
     ask("touch 39", page(39));
     ask("touch 44", page(44));
@@ -215,7 +215,7 @@ fn an_access_waits_for_what_is_mended_within_the_bound() {
     assert_eq!(state.stalled + state.waiting, 1);
     // What is given back while it waits is zeros when it is answered; so is nothing else.
     client.say("remove 30 1");
-    assert_eq!(client.line(), "removed 30");
+    assert_eq!(client.line(), "remove 30");
     assert_eq!(client.line(), "page 30 0");
     client.say("touch 31");
     street.house.notes.wait("stalled builds/gone", 2);
@@ -378,7 +378,7 @@ fn pages_are_filled_ahead_and_those_given_back_are_not() {
     let server = server();
     let (street, mut client) = scripted(&server, Options::default());
     client.say("remove 16 20");
-    assert_eq!(client.line(), "removed 16");
+    assert_eq!(client.line(), "remove 16");
     let (id, end) = (server.vmms()[0], size(&script(7)));
     let mut scratch = Scratch::default();
     let (mut at, mut pages) = (0, 0);
@@ -401,4 +401,44 @@ fn pages_are_filled_ahead_and_those_given_back_are_not() {
     );
     street.house.notes.wait("served", 1);
     assert_eq!(street.house.notes.count("served"), 1);
+}
+
+#[test]
+fn a_window_that_crosses_mappings_is_filled_all_the_same() {
+    let server = server();
+    let (street, mut client) = scripted(&server, Options::default());
+    client.say("split 5 3");
+    assert_eq!(client.line(), "split 5");
+    client.say("touch 1");
+    assert_eq!(client.line(), page(1));
+    for number in [4, 6, 7, 9, 15] {
+        client.say(&format!("touch {number}"));
+        assert_eq!(client.line(), page(number));
+    }
+    street.house.notes.wait("served", 1);
+    assert_eq!(street.house.notes.count("served"), 1, "they came together");
+}
+
+#[test]
+fn a_page_that_is_gone_without_a_word_is_the_end_and_not_old_bytes() {
+    let server = server();
+    let mut orders = script(7);
+    orders["mode"] = "file".into();
+    let street = Street::new(&server, 7, size(&orders), Options::default());
+    let mut client = Client::start(&street.socket, &orders);
+    assert_eq!(client.line(), "ready");
+    client.say("write 2 99");
+    assert_eq!(client.line(), "page 2 99");
+    client.say("remove 4 1");
+    assert_eq!(client.line(), "remove 4");
+    client.say("punch 2 1");
+    assert_eq!(client.line(), "punch 2");
+    client.say("touch 2");
+    let status = client.end();
+    assert!(!status.success());
+    assert_eq!(
+        client.line_within(Duration::from_secs(1)),
+        None,
+        "it saw something"
+    );
 }

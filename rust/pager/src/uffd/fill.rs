@@ -79,14 +79,18 @@ pub struct Filler<'a> {
 }
 
 impl Filler<'_> {
-    /// What the window needs where these of its pages are waited for. Pages that were given back
-    /// are filled only where they are: the VMM did not want their memory.
+    /// What the window needs where these of its pages are waited for, or where none is and it is
+    /// filled ahead. Pages that were given back are filled only where they are waited for: the VMM
+    /// did not want their memory.
     pub fn plan(&self, wanted: u64) -> Plan {
         let (first, count) = (self.first_bit, self.window.count);
         let removed = self.ledger.get(Fact::Removed, first, count);
         let filled = self.ledger.get(Fact::Filled, first, count);
+        // Who waits for zeros only does not wait for the device.
+        let zeros_only = wanted != 0 && wanted & !removed == 0;
+        let data = if zeros_only { 0 } else { mask(count) };
         Plan {
-            data: !removed & !filled & mask(count),
+            data: data & !removed & !filled,
             zeros: removed & wanted,
             check: filled & !removed & wanted,
         }

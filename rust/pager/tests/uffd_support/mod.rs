@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
 
@@ -179,7 +179,9 @@ pub struct Notes {
 
 impl Notes {
     pub fn note(&self, what: String) {
-        *self.notes.lock().unwrap().entry(what).or_default() += 1;
+        // Also while a test that failed is ended.
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        *notes.entry(what).or_default() += 1;
         self.changed.notify_all();
     }
 
