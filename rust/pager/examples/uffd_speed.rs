@@ -1,5 +1,5 @@
-//! How fast faults are answered: `uffd_speed BYTES_OF_A_FAULT BYTES [VMMS]`, a line of JSON for each
-//! VMM. Its peer is `benchmarks/peers/uffd_loop.c`: the same touches, the same source in memory.
+//! How fast faults are answered: `uffd_speed BYTES_OF_A_FAULT BYTES [VMMS]` prints lines of JSON.
+//! Its peer is `benchmarks/peers/uffd_loop.c`: the same touches, the same source in memory.
 //!
 //! With more than one VMM the others are held open, having touched nothing, so that what they cost
 //! in memory and time can be seen.

@@ -173,7 +173,8 @@ fn a_vmm_whose_word_is_wrong_is_dead_before_its_memory_reads_zeros() {
         ("fork", "features"),
     ] {
         let mut client = Client::start(&street.socket, &orders(mode));
-        client.try_say("touch 1");
+        // In the second region, which is registered in each case.
+        client.try_say("touch 600");
         client.dies_of(SIGKILL);
         let notes = &street.house.notes;
         let count = 1 + u64::from(mode == "not_registered" || mode == "fork");

@@ -10,8 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use diapause_pager::build::Unreadable;
-use diapause_pager::uffd::session::Scratch;
-use diapause_pager::uffd::{Limits, OnBad, Options, Server};
+use diapause_pager::uffd::{Limits, OnBad, Options, Scratch, Server};
 use nix::libc::{SIGBUS, SIGKILL};
 use serde_json::json;
 use uffd_support::{pattern, Client, Street};

@@ -24,7 +24,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::host::{Host, Why};
-use super::session::{Scratch, Session};
+use super::serve::Scratch;
+use super::session::Session;
 
 /// What the server may take.
 #[derive(Debug, Clone, Copy)]

@@ -288,7 +288,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_holds_what_a_set_holds(ranges in prop::collection::vec((0..PAGES - 600, 1_u64..600), 1..20), at in 0..PAGES - 64, count in 1_u32..=64) {
+        fn it_holds_what_a_set_holds(
+            ranges in prop::collection::vec((0..PAGES - 600, 1_u64..600), 1..20),
+            at in 0..PAGES - 64,
+            count in 1_u32..=64,
+        ) {
             let ledger = Ledger::create(PAGES).unwrap();
             let mut set = BTreeSet::new();
             for (first, pages) in ranges {

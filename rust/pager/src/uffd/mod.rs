@@ -2,12 +2,12 @@
 //!
 //! A VMM connects to a socket and says its regions, with the descriptor of its memory
 //! ([`handshake`], [`regions`]). From then on its page faults are answered from a device
-//! ([`session`], [`fill`]), by a few threads for all VMMs of the process ([`crew`]). What a
-//! successor needs is in descriptors that a keeper holds too ([`ledger`], [`Kept`]).
+//! ([`session`], [`serve`], [`fill`]), by a few threads for all VMMs of the process ([`crew`]).
+//! What a successor needs is in descriptors that a keeper holds too ([`ledger`], [`Kept`]).
 //!
 //! Invariants:
-//! - A page is the device's, or zeros once the VMM gave it back: decided and copied while no message
-//!   is read ([`fill`]).
+//! - A page is the device's, or zeros once the VMM gave it back: decided and copied while no
+//!   message is read ([`fill`]).
 //! - What can't be read is waited for within a bound. Then the VMM is killed, or the page poisoned.
 //! - A VMM is dead before its descriptor is closed ([`vmm`]).
 
@@ -20,6 +20,7 @@ pub mod ioctl;
 pub mod ledger;
 pub mod memory;
 pub mod regions;
+pub mod serve;
 pub mod server;
 pub mod session;
 pub mod vmm;
@@ -28,4 +29,5 @@ pub use crew::Limits;
 pub use handshake::Refusal;
 pub use host::{Ending, Guest, Host, Kept, OnBad, Options, Pages, Served, Why, Witness};
 pub use regions::{Region, Regions};
+pub use serve::Scratch;
 pub use server::Server;

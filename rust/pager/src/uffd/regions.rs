@@ -261,7 +261,8 @@ mod tests {
     fn firecrackers_messages_are_read() {
         let text = br#"[{"base_host_virt_addr":65536,"size":8192,"offset":0,"page_size":4096,
             "page_size_kib":4096,"new":{"x":[1]}},
-            {"base_host_virt_addr":4194304,"size":2097152,"offset":2097152,"page_size_kib":2097152}]"#;
+            {"base_host_virt_addr":4194304,"size":2097152,"offset":2097152,
+            "page_size_kib":2097152}]"#;
         let Ok(Message::Whole(list)) = parse(text) else {
             panic!("{:?}", parse(text))
         };
@@ -344,7 +345,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_address_is_found_where_it_is(sizes in prop::collection::vec((0_u64..3, 1_u64..9), 1..9), at in 0_u64..80) {
+        fn an_address_is_found_where_it_is(
+            sizes in prop::collection::vec((0_u64..3, 1_u64..9), 1..9),
+            at in 0_u64..80,
+        ) {
             let (mut base, mut offset, mut list) = (4096, 0, Vec::new());
             for (gap, pages) in sizes {
                 base += gap * 4096;

@@ -14,7 +14,8 @@ use super::host::{Guest, Host, Kept, Why};
 use super::ioctl::Uffd;
 use super::ledger::Ledger;
 use super::regions::Regions;
-use super::session::{Scratch, Session, State};
+use super::serve::Scratch;
+use super::session::{Session, State};
 use super::vmm::{Process, Vmm};
 
 /// Serves VMMs until it is dropped, which kills those that are left.

@@ -11,58 +11,51 @@ use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::build::Unreadable;
-use crate::device::{Origin, Part};
 
-use super::fill::{Bytes, Filler, Trouble, Window};
-use super::host::{Ending, Guest, Keep, OnBad, Served, Why};
+use super::fill::Window;
+use super::host::{Ending, Guest, Keep, Why};
 use super::ioctl::{event, Message, FAULT_NOT_MISSING};
 use super::ledger::{Fact, Ledger, MESSAGES_MAX};
 use super::regions::Regions;
+use super::serve::Scratch;
 use super::vmm::Vmm;
-
-/// What a thread needs to serve, kept from fault to fault.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    parts: Vec<Part>,
-}
 
 /// Pages of one window that are waited for.
 #[derive(Debug, Clone, Copy)]
-struct Fault {
-    window: Window,
+pub(super) struct Fault {
+    pub(super) window: Window,
     /// A bit for each.
-    wanted: u64,
+    pub(super) wanted: u64,
     /// When the first of them was read.
-    since: Instant,
-    stalled: bool,
+    pub(super) since: Instant,
+    pub(super) stalled: bool,
 }
 
 /// A fault that has to be tried again.
 #[derive(Debug)]
-struct Stalled {
-    fault: Fault,
-    at: Instant,
+pub(super) struct Stalled {
+    pub(super) fault: Fault,
+    pub(super) at: Instant,
 }
 
 /// A fault that a thread serves.
 #[derive(Debug)]
-struct InHand {
+pub(super) struct InHand {
     ticket: u64,
     since: Instant,
     told: bool,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    pending: VecDeque<Fault>,
-    stalled: Vec<Stalled>,
-    in_hand: Vec<InHand>,
+pub(super) struct Queue {
+    pub(super) pending: VecDeque<Fault>,
+    pub(super) stalled: Vec<Stalled>,
+    pub(super) in_hand: Vec<InHand>,
     next_ticket: u64,
 }
 
@@ -94,10 +87,10 @@ pub struct Session {
     vmm: Vmm,
     id: u64,
     pid: i32,
-    regions: Regions,
-    ledger: Ledger,
+    pub(super) regions: Regions,
+    pub(super) ledger: Ledger,
     guest: OnceLock<Guest>,
-    order: RwLock<()>,
+    pub(super) order: RwLock<()>,
     queue: Mutex<Queue>,
     ending: OnceLock<Ending>,
     /// Quick answers that are wanted.
@@ -213,7 +206,7 @@ impl Session {
         self.slow.load(Ordering::Relaxed) > 0
     }
 
-    fn note_latency(&self, latency: Duration) {
+    pub(super) fn note_latency(&self, latency: Duration) {
         let order = Ordering::Relaxed;
         let left = self.slow.load(order);
         if latency > SLOW {
@@ -258,7 +251,8 @@ impl Session {
     }
 
     /// Looks after what waits: faults that are to be tried again become work, and one that a thread
-    /// has not answered within the bound ends the VMM. Whether there is work, and when to look again.
+    /// has not answered within the bound ends the VMM. Whether there is work, and when to look
+    /// again.
     pub fn tend(&self, now: Instant) -> (bool, Option<Instant>) {
         let Some(guest) = self.guest.get().filter(|_| !self.is_over()) else {
             return (false, None);
@@ -295,71 +289,9 @@ impl Session {
         (work, again)
     }
 
-    /// Fills pages ahead of the VMM, from the device's byte `offset` on, verified and in windows.
-    /// Stops where somebody waits for something. Returns how far it came, in the device, and how
-    /// many pages were filled.
-    ///
-    /// # Errors
-    /// Where bytes can't be had: nothing is lost, nobody waits for them.
-    pub fn prefill(
-        &self,
-        offset: u64,
-        end: u64,
-        scratch: &mut Scratch,
-    ) -> Result<(u64, u64), Unreadable> {
-        let result = self.prefill_windows(offset, end, scratch);
-        // Messages that were read in between are nobody else's.
-        self.work(scratch);
-        result
-    }
-
-    fn prefill_windows(
-        &self,
-        offset: u64,
-        end: u64,
-        scratch: &mut Scratch,
-    ) -> Result<(u64, u64), Unreadable> {
-        let (mut at, mut pages) = (offset, 0);
-        while at < end && !self.is_over() {
-            let queue = self.lock();
-            let busy = !queue.pending.is_empty() || !queue.in_hand.is_empty();
-            drop(queue);
-            if busy {
-                break;
-            }
-            let Some((window, next)) = self.window_of_offset(at) else {
-                at += self.guest().options.window_bytes;
-                continue;
-            };
-            let fault = Fault {
-                window,
-                wanted: 0,
-                since: Instant::now(),
-                stalled: false,
-            };
-            match self.answer(&fault, scratch) {
-                Ok((_, filled)) => pages += u64::from(filled),
-                Err(Trouble::Unreadable(why)) => return Err(why),
-                Err(_) => break,
-            }
-            at = next;
-        }
-        Ok((at, pages))
-    }
-
-    /// The window at an offset of the device, and the offset where the next begins.
-    fn window_of_offset(&self, offset: u64) -> Option<(Window, u64)> {
-        let mut regions = self.regions.list().iter().enumerate();
-        let (number, region) = regions
-            .find(|(_, region)| (region.offset..region.offset + region.size).contains(&offset))?;
-        let window = self.window(number, (offset - region.offset) / region.page_size);
-        let end = window.first + u64::from(window.count);
-        Some((window, region.offset + end * region.page_size))
-    }
-
     /// The window of a page: aligned in the device, so that windows of one device are the same
     /// for all of its VMMs, and none beyond its region.
-    fn window(&self, number: usize, page: u64) -> Window {
+    pub(super) fn window(&self, number: usize, page: u64) -> Window {
         let region = &self.regions.list()[number];
         let pages = self.guest().options.window_pages(region.page_size);
         let before = region.offset / region.page_size;
@@ -373,7 +305,7 @@ impl Session {
     }
 
     /// Reads messages until there are none, and notes what they say.
-    fn drain(&self) -> Result<(), Why> {
+    pub(super) fn drain(&self) -> Result<(), Why> {
         let _alone = self.order.write().unwrap_or_else(PoisonError::into_inner);
         loop {
             let read = |place: &mut [u8]| nix::unistd::read(self.vmm.uffd(), place);
@@ -438,166 +370,7 @@ impl Session {
         }
     }
 
-    fn serve(&self, fault: Fault, scratch: &mut Scratch) {
-        match self.answer(&fault, scratch) {
-            Ok((origin, filled)) => {
-                let latency = fault.since.elapsed();
-                self.note_latency(latency);
-                self.guest().witness.served(&Served {
-                    origin,
-                    latency,
-                    pages: fault.wanted.count_ones(),
-                    bytes: u64::from(filled) * self.regions.list()[fault.window.region].page_size,
-                    stalled: fault.stalled,
-                });
-            }
-            // Its pidfd says so too.
-            Err(Trouble::Gone | Trouble::Changing) => {}
-            // Perhaps it is a page of the window that nobody waits for.
-            Err(Trouble::Unreadable(_)) if fault.window.count > 1 => self.split(&fault),
-            Err(Trouble::Unreadable(why)) => self.stall(fault, why),
-            Err(Trouble::Vanished(at)) => self.kill(Why::Vanished(at)),
-            Err(Trouble::Kernel(error @ (Errno::ENOMEM | Errno::ENOSPC))) => {
-                self.stall(fault, Unreadable::away("memory", error));
-            }
-            Err(Trouble::Kernel(error)) => self.kill(Why::Kernel(error.to_string())),
-        }
-    }
-
-    /// Fills a window; where the bytes came from, and how many pages were filled.
-    fn answer(&self, fault: &Fault, scratch: &mut Scratch) -> Result<(Origin, u32), Trouble> {
-        let filler = self.filler(fault.window);
-        let (mut first, mut origin) = (0, Origin::Zero);
-        scratch.parts.clear();
-        let data = filler.plan(fault.wanted).data;
-        if data != 0 {
-            let end = u64::BITS - data.leading_zeros();
-            first = data.trailing_zeros();
-            origin = self.fetch(&filler, first, end - first, scratch)?;
-        }
-        let bytes = Bytes {
-            first,
-            parts: &scratch.parts,
-        };
-        let filled = self.in_order(|| filler.fill(fault.wanted, &bytes));
-        scratch.parts.clear();
-        Ok((origin, filled?))
-    }
-
-    /// Does something that messages must not come between, again as long as one does.
-    fn in_order<T>(&self, act: impl Fn() -> Result<T, Trouble>) -> Result<T, Trouble> {
-        for tries in 0_u32.. {
-            let shared = self.order.read().unwrap_or_else(PoisonError::into_inner);
-            let result = act();
-            drop(shared);
-            if !matches!(result, Err(Trouble::Changing)) || self.is_over() {
-                return result;
-            }
-            if let Err(why) = self.drain() {
-                self.kill(why);
-                break;
-            }
-            // The thread whose message was read has to run before the kernel lets us go on.
-            match tries {
-                0..8 => thread::yield_now(),
-                _ => thread::sleep(Duration::from_micros(50 << (tries - 8).min(5))),
-            }
-        }
-        Err(Trouble::Changing)
-    }
-
-    /// Reads pages of a window, whole pages in each part.
-    fn fetch(
-        &self,
-        filler: &Filler<'_>,
-        first: u32,
-        count: u32,
-        scratch: &mut Scratch,
-    ) -> Result<Origin, Trouble> {
-        let page_size = filler.region.page_size;
-        let page = filler.window.first + u64::from(first);
-        let offset = filler.region.offset + page * page_size;
-        let size = u64::from(count) as usize * page_size as usize;
-        let read = self.guest().pages.read(offset, size, &mut scratch.parts);
-        let origin = read.map_err(Trouble::Unreadable)?;
-        if are_whole_pages(&scratch.parts, size, page_size as usize) {
-            return Ok(origin);
-        }
-        let got: usize = scratch.parts.iter().map(Part::len).sum();
-        if got != size {
-            let cause = format!("{got} bytes at {offset}, {size} were asked for");
-            return Err(Trouble::Unreadable(Unreadable::damaged(
-                "the device",
-                cause,
-            )));
-        }
-        let mut bytes = vec![0; size];
-        let mut left = &mut bytes[..];
-        for part in scratch.parts.drain(..) {
-            let (here, rest) = left.split_at_mut(part.len());
-            part.copy_to(here);
-            left = rest;
-        }
-        scratch.parts.push(Part::Bytes(bytes));
-        Ok(origin)
-    }
-
-    /// Each page that is waited for alone.
-    fn split(&self, fault: &Fault) {
-        let count = fault.window.count;
-        let pages = (0..count).filter(|page| fault.wanted >> page & 1 == 1);
-        let mut queue = self.lock();
-        for page in pages {
-            let first = fault.window.first + u64::from(page);
-            let window = Window {
-                first,
-                count: 1,
-                ..fault.window
-            };
-            queue.pending.push_front(Fault {
-                window,
-                wanted: 1,
-                ..*fault
-            });
-        }
-    }
-
-    /// A fault that can't be answered now waits; one that has waited long enough is the end.
-    fn stall(&self, mut fault: Fault, why: Unreadable) {
-        let options = self.guest().options;
-        let now = Instant::now();
-        let until = fault.since + options.stall_max;
-        if !fault.stalled {
-            fault.stalled = true;
-            self.guest().witness.stalled(&why);
-        }
-        if now < until {
-            // The last try is at the bound.
-            let at = until.min(now + options.retry_after);
-            self.lock().stalled.push(Stalled { fault, at });
-            return;
-        }
-        let poison = || self.filler(fault.window).poison(fault.wanted);
-        if options.on_bad == OnBad::Poison && self.in_order(poison).is_ok() {
-            self.guest().witness.poisoned(&why);
-            return;
-        }
-        self.kill(Why::Unreadable(why));
-        // For whoever else looks at its memory: an error, not zeros. The dead don't mind if not.
-        let _ = self.in_order(poison);
-    }
-
-    fn filler(&self, window: Window) -> Filler<'_> {
-        Filler {
-            uffd: self.vmm.uffd(),
-            ledger: &self.ledger,
-            region: &self.regions.list()[window.region],
-            first_bit: self.regions.first_bit(window.region) + window.first,
-            window,
-        }
-    }
-
-    fn guest(&self) -> &Guest {
+    pub(super) fn guest(&self) -> &Guest {
         let Some(guest) = self.guest.get() else {
             unreachable!("messages are read after the guest is known")
         };
@@ -608,13 +381,7 @@ impl Session {
         self.guest().options.parallel.max(1)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Whether parts are as many bytes as they should be, whole pages in each.
-fn are_whole_pages(parts: &[Part], size: usize, page_size: usize) -> bool {
-    let whole = parts.iter().all(|part| part.len() % page_size == 0);
-    whole && parts.iter().map(Part::len).sum::<usize>() == size
 }
