@@ -75,7 +75,7 @@ pub struct Build {
 pub struct Builds {
     source: Arc<dyn BlobSource>,
     open: Arc<Mutex<HashMap<Digest, Weak<Build>>>>,
-    opening: Arc<Flights<Digest, Arc<Build>, Unreadable>>,
+    opening: Flights<Digest, Arc<Build>, Unreadable>,
     pub(crate) frames: Arc<Frames>,
     pub(crate) workers: Workers,
     pub(crate) wait_max: Duration,
@@ -90,7 +90,7 @@ impl Builds {
             workers: Workers::new(source.medium().parallel),
             source,
             open: Arc::default(),
-            opening: Arc::default(),
+            opening: Flights::default(),
             frames,
             wait_max: WAIT_MAX,
         }

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use super::sync::{Arc, Condvar, Mutex};
 
-/// What is under way, by what it is for.
-pub struct Flights<K, V, E> {
-    under_way: Mutex<HashMap<K, Arc<Flight<V, E>>>>,
-}
+/// What is under way, by what it is for; a clone is the same table.
+#[derive(Clone)]
+pub struct Flights<K, V, E>(Table<K, V, E>);
+
+type Table<K, V, E> = Arc<Mutex<HashMap<K, Arc<Flight<V, E>>>>>;
 
 struct Flight<V, E> {
     ended: Mutex<Option<Result<V, Missed<E>>>>,
@@ -46,7 +47,7 @@ pub enum Claim<K: Eq + Hash + Clone, V: Clone, E: Clone> {
 
 /// The duty to say how a flight ended.
 pub struct Landing<K: Eq + Hash + Clone, V: Clone, E: Clone> {
-    flights: Arc<Flights<K, V, E>>,
+    under_way: Table<K, V, E>,
     key: K,
     flight: Arc<Flight<V, E>>,
     landed: bool,
@@ -57,9 +58,7 @@ pub struct Waiter<V, E>(Arc<Flight<V, E>>);
 
 impl<K, V, E> Default for Flights<K, V, E> {
     fn default() -> Self {
-        Self {
-            under_way: Mutex::new(HashMap::new()),
-        }
+        Self(Arc::new(Mutex::new(HashMap::new())))
     }
 }
 
@@ -71,8 +70,8 @@ impl<K, V, E> fmt::Debug for Flights<K, V, E> {
 
 impl<K: Eq + Hash + Clone, V: Clone, E: Clone> Flights<K, V, E> {
     /// Asks for `key`; `kept` says whether it is there already, and must not wait for anything.
-    pub fn claim(self: &Arc<Self>, key: K, kept: impl FnOnce() -> Option<V>) -> Claim<K, V, E> {
-        let under_way = self.under_way.lock();
+    pub fn claim(&self, key: K, kept: impl FnOnce() -> Option<V>) -> Claim<K, V, E> {
+        let under_way = self.0.lock();
         let mut under_way = under_way.unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = under_way.get(&key) {
             return Claim::Theirs(Waiter(flight.clone()));
@@ -88,7 +87,7 @@ impl<K: Eq + Hash + Clone, V: Clone, E: Clone> Flights<K, V, E> {
         under_way.insert(key.clone(), flight.clone());
         drop(under_way);
         Claim::Mine(Landing {
-            flights: self.clone(),
+            under_way: self.0.clone(),
             key,
             flight,
             landed: false,
@@ -118,7 +117,7 @@ impl<K: Eq + Hash + Clone, V: Clone, E: Clone> Landing<K, V, E> {
         }
         self.landed = true;
         // First off the table: who has heard of a failure and asks again finds no flight.
-        let under_way = self.flights.under_way.lock();
+        let under_way = self.under_way.lock();
         let mut under_way = under_way.unwrap_or_else(PoisonError::into_inner);
         under_way.remove(&self.key);
         drop(under_way);

@@ -101,7 +101,7 @@ pub(crate) type FrameClaim = Claim<Key, Frame, Unreadable>;
 #[derive(Debug)]
 pub struct Frames {
     kept: Cache<Key, Frame, Bytes>,
-    under_way: Arc<Flights<Key, Frame, Unreadable>>,
+    under_way: Flights<Key, Frame, Unreadable>,
     next_build: AtomicU64,
 }
 
@@ -138,7 +138,7 @@ impl Frames {
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
-            under_way: Arc::default(),
+            under_way: Flights::default(),
             next_build: AtomicU64::new(0),
         }
     }
