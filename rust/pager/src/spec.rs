@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::blobs::{BlobSource, Directory, Layered};
+use crate::blobs::{BlobSource, Directory, HttpLimits, HttpSource, Layered};
 
 /// One device of one snapshot. Another spec of the same name stands for the same bytes.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
@@ -36,6 +36,14 @@ pub enum BlobsSpec {
         #[serde(default)]
         fallback: Option<Box<BlobsSpec>>,
     },
+    /// Another host's directory, or object storage behind a gateway.
+    Http {
+        /// What the names of builds are put behind.
+        url: String,
+        /// Where else to look for a build that can't be had there.
+        #[serde(default)]
+        fallback: Option<Box<BlobsSpec>>,
+    },
 }
 
 impl BlobsSpec {
@@ -54,6 +62,10 @@ impl BlobsSpec {
     pub fn source(&self) -> Result<Arc<dyn BlobSource>, String> {
         let (first, fallback): (Arc<dyn BlobSource>, _) = match self {
             Self::Directory { path, fallback } => (Arc::new(Directory(path.clone())), fallback),
+            Self::Http { url, fallback } => {
+                let source = HttpSource::new(url, HttpLimits::default())?;
+                (Arc::new(source), fallback)
+            }
         };
         match fallback {
             Some(second) => Ok(Arc::new(Layered::new(first, second.source()?))),

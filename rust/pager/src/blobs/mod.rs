@@ -4,12 +4,14 @@
 //! returns in bounded time, and says which way it failed.
 
 mod directory;
+mod http;
 mod layered;
 
 use std::fmt;
 use std::io::{self, IoSliceMut, Read};
 
 pub use directory::Directory;
+pub use http::{HttpLimits, HttpSource};
 pub use layered::Layered;
 
 /// What reading from a medium costs, for whoever decides how much to read at once.

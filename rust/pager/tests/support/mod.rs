@@ -1,6 +1,8 @@
 //! Devices made of builds and captures of every kind, with the bytes that they have to read as.
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
+pub mod server;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io::{Cursor, IoSliceMut};
