@@ -24,6 +24,7 @@ use diapause_format::{
 use diapause_pager::blobs::Directory;
 use diapause_pager::build::{Builds, Frames};
 use diapause_pager::device::{Device, Part};
+use diapause_pager::frames::bound_malloc;
 use diapause_pager::spec::{BlobsSpec, DeviceSpec};
 
 const ROUNDS: usize = 5;
@@ -255,6 +256,31 @@ fn device(case: &Case, window: usize, threads: usize) {
     tell(case, "device_copy", window, threads, copied);
 }
 
+/// Single pages here and there, each in a frame that is not kept; and again in one that is.
+fn faults(case: &Case) {
+    let device = Device::open(&case.spec, case.builds.clone()).unwrap();
+    let pages = case.spec.size_bytes / PAGE_SIZE as u64;
+    let mut parts = Vec::new();
+    for (what, step) in [("fault", 5003), ("fault_kept", 0)] {
+        let (mut page, mut took) = (1, Vec::new());
+        for _ in 0..20_000 {
+            page = (page + step) % pages;
+            parts.clear();
+            let began = Instant::now();
+            device
+                .read(page * PAGE_SIZE as u64, PAGE_SIZE, &mut parts)
+                .unwrap();
+            took.push(began.elapsed().as_nanos() as u64);
+        }
+        took.sort_unstable();
+        let [p50, p99] = [took.len() / 2, took.len() / 100 * 99].map(|at| took[at]);
+        let line = serde_json::json!({
+            "frames": case.name, "what": what, "window_kib": 4, "p50_ns": p50, "p99_ns": p99,
+        });
+        println!("{line}");
+    }
+}
+
 fn tell(case: &Case, what: &str, window: usize, threads: usize, speed: (f64, f64)) {
     let line = serde_json::json!({
         "frames": case.name,
@@ -268,6 +294,7 @@ fn tell(case: &Case, what: &str, window: usize, threads: usize, speed: (f64, f64
 }
 
 fn main() {
+    bound_malloc();
     let mib = std::env::args()
         .nth(1)
         .map_or(512, |mib| mib.parse().unwrap());
@@ -282,6 +309,7 @@ fn main() {
         let ratio = stored as f64 / case.spec.size_bytes as f64;
         let line = serde_json::json!({"frames": case.name, "stored_share": ratio});
         println!("{line}");
+        faults(case);
         for window in [128 << 10, 1 << 20] {
             for threads in [1, 2] {
                 bare(case, window, threads);

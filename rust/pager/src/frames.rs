@@ -30,6 +30,24 @@ const HOT: f64 = 0.5;
 /// about where the next is needed.
 static SPARE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
+/// Has the allocator give back what it does not need: to be called once, before there are threads.
+///
+/// glibc keeps what was freed in an arena of each thread, for frames that come and go that is
+/// several times what is in use. Frames of their own mappings go back when they are dropped; those
+/// that are wanted again at once wait in the spare list.
+pub fn bound_malloc() {
+    let settings = [
+        (libc::M_ARENA_MAX, 2),
+        (libc::M_MMAP_THRESHOLD, FRAME_BYTES as i32),
+        (libc::M_TRIM_THRESHOLD, 4 * FRAME_BYTES as i32),
+    ];
+    for (name, value) in settings {
+        // SAFETY: sets a number of the allocator; no memory of ours is involved.
+        let set = unsafe { libc::mallopt(name, value) };
+        debug_assert_eq!(set, 1, "mallopt {name}");
+    }
+}
+
 /// Memory for the pages of one frame, to be filled.
 pub struct Pages(Box<[u8]>);
 
