@@ -173,10 +173,7 @@ impl Frames {
 
     /// Asks for a frame.
     pub(crate) fn claim(&self, key: Key) -> FrameClaim {
-        match self.kept.get(&key) {
-            Some(frame) => Claim::Kept(frame),
-            None => self.under_way.claim(key, || self.kept.peek(&key)),
-        }
+        self.under_way.claim(key, || self.kept.get(&key))
     }
 
     /// Keeps a frame; before its flight lands.

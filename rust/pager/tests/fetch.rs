@@ -106,6 +106,28 @@ proptest! {
 }
 
 #[test]
+fn readers_in_step_fetch_each_frame_once() {
+    let world = World::straight(pages(200 * 16, &mut Dice::new(13)));
+    for _ in 0..12 {
+        let (source, device) = watched(&world, NEAR);
+        let start = Barrier::new(4);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    start.wait();
+                    for frame in 0..200 {
+                        read(&device, frame * FRAME_BYTES as u64 + 7, 1).unwrap();
+                    }
+                });
+            }
+        });
+        let reads = frame_reads(&world, &source);
+        assert_eq!(reads.len(), 200);
+        assert_disjoint(reads);
+    }
+}
+
+#[test]
 fn a_window_of_consecutive_frames_is_one_read() {
     let world = World::straight(pages(1024, &mut Dice::new(5)));
     let (source, device) = watched(&world, NEAR);

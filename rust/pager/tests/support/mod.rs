@@ -211,10 +211,15 @@ impl World {
     /// Reads, and compares every byte and what was said of it.
     pub fn check(&self, device: &Device, offset: u64, size: usize) {
         let (bytes, _) = read(device, offset, size).unwrap();
+        self.compare(offset, size, &bytes);
+    }
+
+    /// Compares what a window read as.
+    pub fn compare(&self, offset: u64, size: usize, bytes: &[u8]) {
         let start = self.expected.len().min(offset as usize);
         let end = self.expected.len().min(start + size);
         assert!(
-            bytes == self.expected[start..end],
+            bytes == &self.expected[start..end],
             "{size} bytes at {offset} differ"
         );
     }
