@@ -17,8 +17,10 @@ use crate::workers::Workers;
 
 pub use crate::frames::{Frame, Frames};
 
-/// How long a reader waits for what another is fetching; longer than a medium takes to give up.
-const WAIT_MAX: Duration = Duration::from_secs(30);
+/// How long a reader waits for what another thread is fetching. Not as long as a medium may take to
+/// give up: who asks again finds the fetch still under way, or what it brought, and meanwhile the
+/// reader's thread can serve others.
+const WAIT_MAX: Duration = Duration::from_secs(2);
 /// Bytes of a frame's entry in a build's table.
 const ENTRY_BYTES: u64 = 32;
 
@@ -108,7 +110,7 @@ impl Builds {
     /// # Errors
     /// Missing, damaged, not available: the first of them.
     pub fn get(&self, wanted: &[&BuildRef]) -> Result<Vec<Arc<Build>>, Unreadable> {
-        let aside = wanted.len() > 1 && self.source.medium().has_latency();
+        let aside = self.source.medium().has_latency();
         let asked: Vec<_> = wanted.iter().map(|build| self.ask(build, aside)).collect();
         asked
             .into_iter()

@@ -20,7 +20,7 @@ use diapause_format::{digest16, Decoder, FormatError, FrameEntry, FRAME_BYTES};
 
 use crate::blobs::BlobError;
 use crate::build::{Build, Builds, Unreadable};
-use crate::flight::{Claim, Landing, Waiter};
+use crate::flight::{Claim, Landing, Missed, Waiter};
 use crate::frames::{Frame, Frames, Key, Pages};
 
 /// Frames that are fetched for one reader at once: what it holds beside what is kept, 2 MiB.
@@ -88,7 +88,9 @@ impl Builds {
                 Ok(frame) => got[at] = Some(Got { frame, kept: false }),
                 Err(missed) => {
                     let build = &wanted[at].0;
-                    self.forget(build);
+                    if missed != Missed::Late {
+                        self.forget(build);
+                    }
                     failed.get_or_insert_with(|| self.missed(&build.name(), missed));
                 }
             }

@@ -7,6 +7,7 @@ mod support;
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use diapause_format::{
     hex, BuildKind, BuildRef, BuildWriter, Encoder, Extent, HeaderWriter, Target, FRAME_BYTES,
@@ -99,7 +100,10 @@ fn devices_of_64_guests_are_served_within_the_budget() {
     // The peak from here on.
     fs::write("/proc/self/clear_refs", "5").unwrap();
     for source in media {
-        let builds = Arc::new(Builds::new(source, Arc::new(Frames::default())));
+        let builds = Arc::new(
+            Builds::new(source, Arc::new(Frames::default()))
+                .waiting_at_most(Duration::from_secs(60)),
+        );
         let open = || Device::open(&spec, builds.clone()).unwrap();
         let devices: Vec<Device> = std::iter::repeat_with(open).take(GUESTS).collect();
         std::thread::scope(|scope| {

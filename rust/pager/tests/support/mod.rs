@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{Cursor, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use diapause_format::{
     digest, digest16, hex, BuildKind, BuildRef, BuildTable, BuildWriter, CaptureHead,
@@ -201,7 +202,9 @@ impl World {
     }
 
     pub fn builds_from(&self, source: Arc<dyn BlobSource>) -> Arc<Builds> {
-        Arc::new(Builds::new(source, Arc::new(Frames::default())))
+        let builds = Builds::new(source, Arc::new(Frames::default()));
+        // Longer than a machine that is busy takes for anything.
+        Arc::new(builds.waiting_at_most(Duration::from_secs(60)))
     }
 
     pub fn device(&self) -> Device {
