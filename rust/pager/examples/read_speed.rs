@@ -15,7 +15,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+#[path = "../tests/support/server.rs"]
+mod server;
 
 use diapause_format::{
     digest16, hex, BuildKind, BuildRef, BuildTable, BuildWriter, Decoder, Encoder, Extent,
@@ -26,6 +29,7 @@ use diapause_pager::build::{Builds, Frames};
 use diapause_pager::device::{Device, Part};
 use diapause_pager::frames::bound_malloc;
 use diapause_pager::spec::{BlobsSpec, DeviceSpec};
+use server::{Act, Server};
 
 const ROUNDS: usize = 5;
 
@@ -281,6 +285,56 @@ fn faults(case: &Case) {
     }
 }
 
+/// The same over HTTP from a server that answers each request so much later: pages here and there
+/// of 50 MiB, and all of it from first to last.
+fn far(case: &Case, directory: &Path, delay: Duration) {
+    let server = Server::new(directory.to_owned());
+    server.always(Act::Slow(delay));
+    let url = format!("{}/", server.url());
+    let spec = BlobsSpec::Http {
+        url,
+        fallback: None,
+    };
+    let open = || {
+        let source = spec.source().unwrap();
+        let builds = Arc::new(Builds::new(source, Arc::new(Frames::default())));
+        Device::open(&case.spec, builds).unwrap()
+    };
+    let (device, pages) = (open(), 50 * 256);
+    let (mut page, mut took, mut parts) = (1, Vec::new(), Vec::new());
+    let whole = Instant::now();
+    for _ in 0..2000 {
+        page = (page + 5003) % pages;
+        parts.clear();
+        let began = Instant::now();
+        device
+            .read(page * PAGE_SIZE as u64, PAGE_SIZE, &mut parts)
+            .unwrap();
+        took.push(began.elapsed().as_micros() as u64);
+    }
+    let touched = whole.elapsed();
+    took.sort_unstable();
+    let [p50, p90, max] = [took.len() / 2, took.len() / 10 * 9, took.len() - 1].map(|at| took[at]);
+    let line = serde_json::json!({
+        "frames": case.name, "what": "far_fault", "delay_ms": delay.as_millis(), "p50_us": p50,
+        "p90_us": p90, "max_us": max, "ms": touched.as_millis(),
+        "requests": server.requests().len(),
+    });
+    println!("{line}");
+    server.always(Act::Slow(delay));
+    let (device, began) = (open(), Instant::now());
+    for at in (0..case.spec.size_bytes).step_by(128 << 10) {
+        parts.clear();
+        device.read(at, 128 << 10, &mut parts).unwrap();
+    }
+    let mib_per_s = (case.spec.size_bytes >> 20) as f64 / began.elapsed().as_secs_f64();
+    let line = serde_json::json!({
+        "frames": case.name, "what": "far_sequential", "delay_ms": delay.as_millis(),
+        "mib_per_s": mib_per_s.round(), "requests": server.requests().len(),
+    });
+    println!("{line}");
+}
+
 fn tell(case: &Case, what: &str, window: usize, threads: usize, speed: (f64, f64)) {
     let line = serde_json::json!({
         "frames": case.name,
@@ -310,6 +364,7 @@ fn main() {
         let line = serde_json::json!({"frames": case.name, "stored_share": ratio});
         println!("{line}");
         faults(case);
+        far(case, directory.path(), Duration::from_millis(20));
         for window in [128 << 10, 1 << 20] {
             for threads in [1, 2] {
                 bare(case, window, threads);

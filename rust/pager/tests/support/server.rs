@@ -1,9 +1,10 @@
 //! A real HTTP server over TCP that serves a directory, and misbehaves as it is told.
 #![allow(dead_code, missing_docs, clippy::unwrap_used)]
 
-use std::fs;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -86,7 +87,11 @@ impl Server {
                 }
                 server.connections.fetch_add(1, Ordering::SeqCst);
                 let server = server.clone();
-                thread::spawn(move || server.talk(&stream.unwrap()));
+                thread::spawn(move || {
+                    let stream = stream.unwrap();
+                    stream.set_nodelay(true).unwrap();
+                    server.talk(&stream);
+                });
             }
         });
         Self { address, shared }
@@ -184,7 +189,7 @@ impl Shared {
             _ => {}
         }
         let name = path.strip_prefix("/some/builds/").unwrap_or("?");
-        let Ok(blob) = fs::read(self.directory.join(name)) else {
+        let Ok(blob) = File::open(self.directory.join(name)) else {
             return self.answer(to, path, range, &Act::Status(404));
         };
         let (first, last) = range
@@ -193,7 +198,11 @@ impl Shared {
             .split_once('-')
             .unwrap();
         let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
-        let size = blob.len();
+        let size = blob.metadata()?.len() as usize;
+        let part = |first: usize, end: usize| {
+            let mut bytes = vec![0; end - first];
+            blob.read_exact_at(&mut bytes, first as u64).map(|()| bytes)
+        };
         if first >= size {
             write!(
                 to,
@@ -202,13 +211,13 @@ impl Shared {
             return Ok(true);
         }
         let end = size.min(last + 1);
-        let mut body = blob[first..end].to_vec();
+        let mut body = part(first, end)?;
         let mut said = format!("content-range: bytes {first}-{}/{size}\r\n", end - 1);
         let mut length = Some(body.len());
         match act {
             Act::Whole => {
                 write!(to, "HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n")?;
-                to.write_all(&blob)?;
+                to.write_all(&part(0, size)?)?;
                 return Ok(true);
             }
             Act::OtherRange => {
