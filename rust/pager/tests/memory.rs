@@ -113,7 +113,7 @@ fn devices_of_64_guests_are_served_within_the_budget() {
                     let mut dice = Dice::new(reader);
                     let mut parts = Vec::new();
                     for device in devices.iter().cycle().take(2 * GUESTS) {
-                        // A window of a whole MiB, beginning wherever; one of its pages is compared.
+                        // A window of a whole MiB, from anywhere; one of its pages is compared.
                         let page = dice.below(PAGES - 512);
                         let inside = dice.below(256);
                         let start = page * PAGE_SIZE as u64 + 9;

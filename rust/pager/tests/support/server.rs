@@ -166,27 +166,8 @@ impl Shared {
         range: &str,
         act: &Act,
     ) -> std::io::Result<bool> {
-        match act {
-            Act::Close => return Ok(false),
-            Act::Hang => {
-                self.hang();
-                return Ok(false);
-            }
-            Act::Garbage => {
-                to.write_all(b"\0\x01\x02 nothing of the kind\r\n\r\n")?;
-                return Ok(false);
-            }
-            Act::EndlessHead => {
-                to.write_all(b"HTTP/1.1 206 Partial Content\r\n")?;
-                while to.write_all(b"x-more: and more\r\n").is_ok() {}
-                return Ok(false);
-            }
-            Act::Status(status) => {
-                write!(to, "HTTP/1.1 {status} So\r\ncontent-length: 4\r\n\r\nwhy?")?;
-                return Ok(true);
-            }
-            Act::Slow(time) => thread::sleep(*time),
-            _ => {}
+        if let Some(goes_on) = self.answer_without_bytes(to, act)? {
+            return Ok(goes_on);
         }
         let name = path.strip_prefix("/some/builds/").unwrap_or("?");
         let Ok(blob) = File::open(self.directory.join(name)) else {
@@ -210,43 +191,48 @@ impl Shared {
             )?;
             return Ok(true);
         }
-        let end = size.min(last + 1);
-        let mut body = part(first, end)?;
-        let mut said = format!("content-range: bytes {first}-{}/{size}\r\n", end - 1);
-        let mut length = Some(body.len());
-        match act {
-            Act::Whole => {
-                write!(to, "HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n")?;
-                to.write_all(&part(0, size)?)?;
-                return Ok(true);
-            }
-            Act::OtherRange => {
-                said = format!("content-range: bytes {}-{end}/{}\r\n", first + 1, size + 2);
-            }
-            Act::NoRange => said.clear(),
-            Act::OtherSize => {
-                said = format!("content-range: bytes {first}-{}/{}\r\n", end - 1, size + 1);
-            }
-            Act::LongerSaid => {
-                body.push(7);
-                length = Some(body.len());
-            }
-            Act::LongerSent => {
-                body.push(7);
-                length = None;
-            }
-            Act::ShorterSaid => {
-                body.pop();
-                length = Some(body.len());
-            }
-            Act::Encoded => said.push_str("content-encoding: gzip\r\n"),
-            Act::Lie => {
-                let middle = body.len() / 2;
-                body[middle] ^= 16;
-            }
-            Act::Chunked => length = None,
-            _ => {}
+        if *act == Act::Whole {
+            write!(to, "HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n")?;
+            to.write_all(&part(0, size)?)?;
+            return Ok(true);
         }
+        let end = size.min(last + 1);
+        let answer = Answer::new(first, part(first, end)?, size, act);
+        self.send(to, &answer, act)
+    }
+
+    /// What needs no blob; None where the act is of another kind.
+    fn answer_without_bytes(&self, mut to: &TcpStream, act: &Act) -> std::io::Result<Option<bool>> {
+        match act {
+            Act::Close => Ok(Some(false)),
+            Act::Hang => {
+                self.hang();
+                Ok(Some(false))
+            }
+            Act::Garbage => {
+                to.write_all(b"\0\x01\x02 nothing of the kind\r\n\r\n")?;
+                Ok(Some(false))
+            }
+            Act::EndlessHead => {
+                to.write_all(b"HTTP/1.1 206 Partial Content\r\n")?;
+                while to.write_all(b"x-more: and more\r\n").is_ok() {}
+                Ok(Some(false))
+            }
+            Act::Status(status) => {
+                write!(to, "HTTP/1.1 {status} So\r\ncontent-length: 4\r\n\r\nwhy?")?;
+                Ok(Some(true))
+            }
+            Act::Slow(time) => {
+                thread::sleep(*time);
+                Ok(None)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Sends head and body, as far as the act goes.
+    fn send(&self, mut to: &TcpStream, answer: &Answer, act: &Act) -> std::io::Result<bool> {
+        let Answer { said, length, body } = answer;
         let framing = match length {
             Some(length) => format!("content-length: {length}\r\n"),
             None => "transfer-encoding: chunked\r\n".to_owned(),
@@ -272,7 +258,7 @@ impl Shared {
             _ => {}
         }
         if length.is_some() {
-            to.write_all(&body)?;
+            to.write_all(body)?;
             return Ok(true);
         }
         for chunk in body.chunks(1000) {
@@ -282,6 +268,40 @@ impl Shared {
         }
         to.write_all(b"0\r\n\r\n")?;
         Ok(true)
+    }
+}
+
+/// A partial answer: what its head says, how long it says it is, and the bytes.
+struct Answer {
+    said: String,
+    length: Option<usize>,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    /// The right one, or one that is wrong as the act says.
+    fn new(first: usize, mut body: Vec<u8>, size: usize, act: &Act) -> Self {
+        let end = first + body.len();
+        let range = |first: usize, end: usize, size: usize| {
+            format!("content-range: bytes {first}-{}/{size}\r\n", end - 1)
+        };
+        let mut said = range(first, end, size);
+        match act {
+            Act::OtherRange => said = range(first + 1, end + 1, size + 2),
+            Act::NoRange => said.clear(),
+            Act::OtherSize => said = range(first, end, size + 1),
+            Act::LongerSaid | Act::LongerSent => body.push(7),
+            Act::ShorterSaid => drop(body.pop()),
+            Act::Encoded => said.push_str("content-encoding: gzip\r\n"),
+            Act::Lie => {
+                let middle = body.len() / 2;
+                body[middle] ^= 16;
+            }
+            _ => {}
+        }
+        let chunked = matches!(act, Act::LongerSent | Act::Chunked);
+        let length = (!chunked).then_some(body.len());
+        Self { said, length, body }
     }
 }
 
