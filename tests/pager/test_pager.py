@@ -53,7 +53,7 @@ def spec(host: Host, record: SnapshotRecord, name: str) -> dict[str, Any]:
     return {
         "size_bytes": device.size_bytes, "header_digest": device.header_digest,
         "header": str(host.home.snapshot(record.id) / f"{name}.header"),
-        "builds": str(host.home.builds),
+        "blobs": {"kind": "directory", "path": str(host.home.builds)},
     }  # fmt: skip
 
 

@@ -128,10 +128,38 @@ impl BuildTable {
     /// # Errors
     /// Bad magic, unknown version, truncated, out of range, bad table digest.
     pub fn read(from: &mut (impl Read + Seek), file_bytes: u64, expected: &Digest) -> Result<Self> {
+        Self::read_checked(from, file_bytes, expected, |_| Ok(()))
+    }
+
+    /// The same of a build that has `page_count` pages, as a header says; nothing is allocated for
+    /// a table of another size, whatever the size of the file is said to be.
+    ///
+    /// # Errors
+    /// As [`BuildTable::read`].
+    pub fn read_of(
+        from: &mut (impl Read + Seek),
+        file_bytes: u64,
+        expected: &Digest,
+        page_count: u64,
+    ) -> Result<Self> {
+        Self::read_checked(from, file_bytes, expected, |footer| {
+            let frame_count = page_count.div_ceil(FRAME_PAGES as u64);
+            exactly("count of a build's pages", footer.page_count, page_count)?;
+            exactly("count of frames", footer.frame_count, frame_count)
+        })
+    }
+
+    fn read_checked(
+        from: &mut (impl Read + Seek),
+        file_bytes: u64,
+        expected: &Digest,
+        check: impl FnOnce(&Footer) -> Result<()>,
+    ) -> Result<Self> {
         let head = read_head(from)?;
         let page_count = u64_at(&head, 16);
         at_most("count of a build's pages", page_count, PAGES_MAX)?;
         let footer = read_footer(from, file_bytes)?;
+        check(&footer)?;
         // The footer's counts are bounded by the file's size: this allocates no more than is there.
         let mut table = vec![0; footer.frame_count as usize * ENTRY_LEN];
         from.seek(SeekFrom::Start(footer.table_offset))?;

@@ -1,22 +1,28 @@
-//! Builds as the pager reads them: the table once, then single frames, each verified.
-//!
-//! Frames that were decoded are kept for a while: a window of a device rarely begins and ends with
-//! one. Whoever asks for a frame that another thread is fetching waits for that one.
+//! Builds as the pager reads them: each open once, its table verified before a frame is.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::{cell::RefCell, collections::HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
-use diapause_format::{hex, BuildTable, Decoder, Digest, FormatError};
-use quick_cache::sync::Cache;
-use quick_cache::Weighter;
+use diapause_format::{
+    hex, BuildRef, BuildTable, Digest, FormatError, FOOTER_LEN, FRAME_PAGES, HEAD_LEN,
+};
 
-use crate::blobs::{Blob, BlobError, BlobSource};
+use crate::blobs::{Blob, BlobError, BlobSource, Medium};
+use crate::flight::{Claim, Flights, Missed, Waiter};
+use crate::workers::Workers;
 
-/// Bytes of decoded frames that are kept.
-const FRAMES_BYTES_MAX: u64 = 16 << 20;
+pub use crate::frames::{Frame, Frames};
+
+/// How long a reader waits for what another thread is fetching. Not as long as a medium may take to
+/// give up: who asks again finds the fetch still under way, or what it brought, and meanwhile the
+/// reader's thread can serve others.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Bytes of a frame's entry in a build's table.
+const ENTRY_BYTES: u64 = 32;
 
 /// Why pages can't be served: which blob, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,124 +60,155 @@ impl fmt::Display for Unreadable {
     }
 }
 
-/// Verified pages of one frame.
-pub type Frame = Arc<[u8]>;
+impl std::error::Error for Unreadable {}
 
 /// One build, its table verified.
 #[derive(Debug)]
 pub struct Build {
-    number: u64,
-    name: String,
-    medium: &'static str,
-    blob: Box<dyn Blob>,
+    pub(crate) number: u64,
+    id: Digest,
+    pub(crate) blob: Box<dyn Blob>,
     table: BuildTable,
+    stale: AtomicBool,
 }
 
 /// The builds of one medium, each open once, and the frames of all of them.
 #[derive(Debug)]
 pub struct Builds {
     source: Arc<dyn BlobSource>,
-    open: Mutex<HashMap<Digest, Weak<Build>>>,
-    frames: Arc<Frames>,
+    open: Arc<Mutex<HashMap<Digest, Weak<Build>>>>,
+    opening: Flights<Digest, Arc<Build>, Unreadable>,
+    pub(crate) frames: Arc<Frames>,
+    pub(crate) workers: Workers,
+    pub(crate) wait_max: Duration,
 }
 
-/// Decoded frames, by (number of the build, number of the frame).
-#[derive(Debug)]
-pub struct Frames {
-    kept: Cache<(u64, u64), Frame, Bytes>,
-    next_build: AtomicU64,
-}
-
-#[derive(Debug, Clone)]
-struct Bytes;
-
-impl Weighter<(u64, u64), Frame> for Bytes {
-    fn weight(&self, _: &(u64, u64), frame: &Frame) -> u64 {
-        frame.len() as u64
-    }
-}
-
-impl Default for Frames {
-    fn default() -> Self {
-        let items = (FRAMES_BYTES_MAX / diapause_format::FRAME_BYTES as u64) as usize;
-        Self {
-            kept: Cache::with_weighter(items, FRAMES_BYTES_MAX, Bytes),
-            next_build: AtomicU64::new(0),
-        }
-    }
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Option<(Decoder, Vec<u8>)>> = const { RefCell::new(None) };
-}
+type Opening = (Digest, Waiter<Arc<Build>, Unreadable>);
 
 impl Builds {
     /// The builds that `source` has; their frames are kept among `frames`.
     pub fn new(source: Arc<dyn BlobSource>, frames: Arc<Frames>) -> Self {
         Self {
+            workers: Workers::new(source.medium().parallel),
             source,
-            open: Mutex::new(HashMap::new()),
+            open: Arc::default(),
+            opening: Flights::default(),
             frames,
+            wait_max: WAIT_MAX,
         }
     }
 
-    /// The build of this id; whoever has it open already shares its table.
+    /// With another bound on waiting for what another thread is fetching.
+    #[must_use]
+    pub fn waiting_at_most(self, wait_max: Duration) -> Self {
+        Self { wait_max, ..self }
+    }
+
+    /// The builds of these names, in their order; who has one open already shares its table. Opens
+    /// several at once where the medium has latency.
     ///
     /// # Errors
-    /// Missing, damaged, not available.
-    pub fn get(&self, id: &Digest) -> Result<Arc<Build>, Unreadable> {
-        let lock = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = lock().get(id).and_then(Weak::upgrade) {
-            return Ok(open);
+    /// Missing, damaged, not available: the first of them.
+    pub fn get(&self, wanted: &[&BuildRef]) -> Result<Vec<Arc<Build>>, Unreadable> {
+        let aside = self.source.medium().has_latency();
+        let asked: Vec<_> = wanted.iter().map(|build| self.ask(build, aside)).collect();
+        asked
+            .into_iter()
+            .map(|asked| asked.or_else(|(id, waiter)| self.await_open(&id, &waiter)))
+            .collect()
+    }
+
+    /// The build, or where to wait for it.
+    fn ask(&self, wanted: &BuildRef, aside: bool) -> Result<Arc<Build>, Opening> {
+        let kept = || locked(&self.open).get(&wanted.id).and_then(Weak::upgrade);
+        let landing = match self.opening.claim(wanted.id, kept) {
+            Claim::Kept(build) => return Ok(build),
+            Claim::Theirs(waiter) => return Err((wanted.id, waiter)),
+            Claim::Mine(landing) => landing,
+        };
+        let waiter = landing.waiter();
+        let (source, open) = (self.source.clone(), self.open.clone());
+        let (wanted, number) = (*wanted, self.frames.number_build());
+        let job = move || {
+            let opened = Build::open(&*source, &wanted, number).map(Arc::new);
+            if let Ok(build) = &opened {
+                let mut open = locked(&open);
+                open.retain(|_, build| build.strong_count() > 0);
+                open.insert(wanted.id, Arc::downgrade(build));
+            }
+            landing.land(opened);
+        };
+        if aside {
+            self.workers.run(Box::new(job));
+        } else {
+            job();
         }
-        let number = self.frames.next_build.fetch_add(1, Ordering::Relaxed);
-        let opened = Arc::new(Build::open(&*self.source, id, number)?);
-        let mut open = lock();
-        open.retain(|_, build| build.strong_count() > 0);
-        open.insert(*id, Arc::downgrade(&opened));
-        Ok(opened)
+        Err((wanted.id, waiter))
     }
 
-    /// Forgets a build that was found to be damaged: the next to ask for it opens it anew.
-    pub fn forget(&self, id: &Digest) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.remove(id);
+    fn await_open(
+        &self,
+        id: &Digest,
+        waiter: &Waiter<Arc<Build>, Unreadable>,
+    ) -> Result<Arc<Build>, Unreadable> {
+        let opened = waiter.wait(self.wait_max);
+        opened.map_err(|missed| self.missed(&blob_name(id), missed))
     }
 
-    /// The pages of a frame, and whether they were there already.
-    ///
-    /// # Errors
-    /// Damaged, not available.
-    pub fn frame(&self, build: &Build, number: u64) -> Result<(Frame, bool), Unreadable> {
-        let mut kept = true;
-        let frame = self
-            .frames
-            .kept
-            .get_or_insert_with(&(build.number, number), || {
-                kept = false;
-                build.read_frame(number)
-            })?;
-        Ok((frame, kept))
+    /// What a reader is told whose flight brought nothing.
+    pub(crate) fn missed(&self, blob: &str, missed: Missed<Unreadable>) -> Unreadable {
+        match missed {
+            Missed::Failed(error) => error,
+            Missed::Lost => Unreadable::away(blob, "its fetch was given up"),
+            Missed::Late => {
+                let cause = format!("it was not there within {} s", self.wait_max.as_secs_f32());
+                Unreadable::away(blob, cause)
+            }
+        }
+    }
+
+    /// Forgets a build that could not be read: the next to ask for it opens it anew, for it may
+    /// have been mended meanwhile.
+    pub(crate) fn forget(&self, build: &Build) {
+        build.stale.store(true, Ordering::Release);
+        let mut open = locked(&self.open);
+        let same = |open: &Weak<Build>| std::ptr::eq(open.as_ptr(), build);
+        if open.get(&build.id).is_some_and(same) {
+            open.remove(&build.id);
+        }
     }
 }
 
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Build {
-    fn open(source: &dyn BlobSource, id: &Digest, number: u64) -> Result<Self, Unreadable> {
-        let name = hex(id);
-        let blob = source.open(&name).map_err(|error| failed(&name, &error))?;
+    fn open(source: &dyn BlobSource, wanted: &BuildRef, number: u64) -> Result<Self, Unreadable> {
+        let name = blob_name(&wanted.id);
+        let blob = source.open(&hex(&wanted.id));
+        let blob = blob.map_err(|error| failed(&name, &error))?;
         let size_bytes = blob.size_bytes();
+        let table_bytes = wanted.pages.div_ceil(FRAME_PAGES as u64) * ENTRY_BYTES;
+        // Before anything is allocated for a table of a size that another claims.
+        if size_bytes < table_bytes + (HEAD_LEN + FOOTER_LEN) as u64 {
+            return Err(failed(&name, &BlobError::Short));
+        }
         let mut reader = Reader {
             blob: &*blob,
+            size_bytes,
             at: 0,
+            tail: Vec::new(),
+            tail_bytes: (table_bytes + FOOTER_LEN as u64) as usize,
         };
-        let table = BuildTable::read(&mut reader, size_bytes, id);
+        let table = BuildTable::read_of(&mut reader, size_bytes, &wanted.id, wanted.pages);
         let table = table.map_err(|error| wrong(&name, error))?;
         Ok(Self {
             number,
-            name,
-            medium: source.medium().name,
+            id: wanted.id,
             blob,
             table,
+            stale: AtomicBool::new(false),
         })
     }
 
@@ -180,68 +217,75 @@ impl Build {
         &self.table
     }
 
-    /// What its medium is called.
-    pub fn medium(&self) -> &'static str {
-        self.medium
+    /// What its medium costs.
+    pub fn medium(&self) -> Medium {
+        self.blob.medium()
     }
 
-    /// Its id, in digits.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// Its name, as a person finds it.
+    pub fn name(&self) -> String {
+        blob_name(&self.id)
     }
 
-    fn read_frame(&self, number: u64) -> Result<Frame, Unreadable> {
-        let entry = self.table.frame(number);
-        SCRATCH.with_borrow_mut(|scratch| {
-            if scratch.is_none() {
-                let decoder = Decoder::new().map_err(|error| wrong(&self.name, error))?;
-                *scratch = Some((decoder, Vec::new()));
-            }
-            let Some((decoder, stored)) = scratch else {
-                unreachable!("it was made just now")
-            };
-            stored.resize(entry.length as usize, 0);
-            let read = self.blob.read_at(entry.offset, stored);
-            read.map_err(|error| failed(&self.name, &error))?;
-            let mut pages = vec![0; self.table.frame_bytes(number)];
-            let decoded = decoder.decode(number, entry, stored, &mut pages);
-            decoded.map_err(|error| wrong(&self.name, error))?;
-            Ok(pages.into())
-        })
+    /// Whether it was found to be unreadable: to be opened anew.
+    pub fn is_stale(&self) -> bool {
+        self.stale.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn failed(&self, error: &BlobError) -> Unreadable {
+        failed(&self.name(), error)
+    }
+
+    pub(crate) fn wrong(&self, error: FormatError) -> Unreadable {
+        wrong(&self.name(), error)
     }
 }
 
-fn failed(name: &str, error: &BlobError) -> Unreadable {
-    let blob = format!("builds/{name}");
+fn blob_name(id: &Digest) -> String {
+    format!("builds/{}", hex(id))
+}
+
+fn failed(blob: &str, error: &BlobError) -> Unreadable {
     match error {
         BlobError::Short => Unreadable::damaged(blob, error),
         _ => Unreadable::away(blob, error),
     }
 }
 
-fn wrong(name: &str, error: FormatError) -> Unreadable {
+fn wrong(blob: &str, error: FormatError) -> Unreadable {
     match error {
-        FormatError::Io(error) => failed(name, &error.into()),
-        error => Unreadable::damaged(format!("builds/{name}"), error),
+        FormatError::Io(error) => failed(blob, &error.into()),
+        error => Unreadable::damaged(blob, error),
     }
 }
 
-/// A blob as a stream, for its table.
+/// A blob as a stream, for its table: table and footer come with one request.
 struct Reader<'a> {
     blob: &'a dyn Blob,
+    size_bytes: u64,
     at: u64,
+    tail: Vec<u8>,
+    tail_bytes: usize,
 }
 
 impl Read for Reader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = self.blob.size_bytes().saturating_sub(self.at);
-        let length = into.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        let read = self.blob.read_at(self.at, &mut into[..length]);
-        read.map_err(|error| match error {
-            BlobError::Missing => io::ErrorKind::NotFound.into(),
-            BlobError::Short => io::ErrorKind::UnexpectedEof.into(),
-            BlobError::Unavailable(cause) => io::Error::other(cause),
-        })?;
+        let tail_at = self.size_bytes - self.tail_bytes as u64;
+        let Some(inside) = self.at.checked_sub(tail_at) else {
+            let length = into
+                .len()
+                .min(usize::try_from(tail_at - self.at).unwrap_or(usize::MAX));
+            self.blob.read_at(self.at, &mut into[..length])?;
+            self.at += length as u64;
+            return Ok(length);
+        };
+        if self.tail.is_empty() {
+            self.tail.resize(self.tail_bytes, 0);
+            self.blob.read_at(tail_at, &mut self.tail)?;
+        }
+        let rest = self.tail.get(inside as usize..).unwrap_or_default();
+        let length = rest.len().min(into.len());
+        into[..length].copy_from_slice(&rest[..length]);
         self.at += length as u64;
         Ok(length)
     }

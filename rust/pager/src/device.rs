@@ -1,28 +1,35 @@
 //! A device as pages to be served: header, builds and captures, each page verified.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock};
 
+use diapause_capture::overlay_map::MAP_BYTES_MAX;
 use diapause_capture::{Error, HeaderFile, PageSource};
 use diapause_format::{
-    parse_hex32, BuildKind, BuildRef, Digest, Extent, HeaderIndex, FRAME_PAGES, PAGE_SIZE,
+    hex, parse_hex32, BuildKind, BuildRef, Digest, Extent, HeaderIndex, FRAME_BYTES, PAGE_SIZE,
 };
 
 use crate::build::{Build, Builds, Frame, Unreadable};
+use crate::fetch::{Got, Wanted, BATCH_FRAMES};
+use crate::frames::Pages;
 use crate::spec::{CaptureSpec, DeviceSpec};
 
 const PAGE: u64 = PAGE_SIZE as u64;
+const FRAME: u64 = FRAME_BYTES as u64;
+/// Pages of captures that are read at once.
+const BATCH_PAGES: u64 = 512;
 
 /// Verified bytes that stand for a part of a device.
 #[derive(Debug, Clone)]
 pub enum Part {
     /// So many zeros.
     Zeros(usize),
-    /// A part of a frame: its pages, the first byte and how many.
+    /// A part of verified pages: the pages, the first byte and how many.
     Frame(Frame, usize, usize),
-    /// Bytes of a capture.
+    /// Bytes of their own.
     Bytes(Vec<u8>),
 }
 
@@ -71,8 +78,29 @@ pub struct Device {
     size_bytes: u64,
     index: HeaderIndex,
     builds: Arc<Builds>,
-    captures: HashMap<Digest, Arc<PageSource>>,
-    open: Mutex<HashMap<u32, Arc<Build>>>,
+    /// By their numbers in the header.
+    captures: HashMap<u32, PageSource>,
+    open: RwLock<HashMap<u32, Arc<Build>>>,
+}
+
+/// A part of a window, before its bytes are there.
+enum Piece {
+    Zeros(usize),
+    /// Which frame of the batch, first byte, bytes.
+    Frame(usize, usize, usize),
+    /// Which read of captures, first byte, bytes.
+    Capture(usize, usize, usize),
+}
+
+/// What is brought at once of a window: all of it, but where that is in very many places.
+#[derive(Default)]
+struct Batch {
+    pieces: Vec<Piece>,
+    /// Number of the build and of the frame.
+    frames: Vec<(u32, u64)>,
+    /// Number of the capture, first position and the position after the last.
+    captures: Vec<(u32, u64, u64)>,
+    capture_pages: u64,
 }
 
 impl Device {
@@ -88,17 +116,13 @@ impl Device {
             let cause = format!("it is of {pages} pages, the device of {}", spec.size_bytes);
             return Err(Unreadable::damaged(&spec.header_digest, cause));
         }
-        let captures = spec
-            .captures
-            .iter()
-            .map(|capture| open_capture(capture, pages))
-            .collect::<Result<_, _>>()?;
+        let captures = open_captures(&spec.captures, &index)?;
         Ok(Self {
             size_bytes: spec.size_bytes,
             index,
             builds,
             captures,
-            open: Mutex::new(HashMap::new()),
+            open: RwLock::default(),
         })
     }
 
@@ -124,123 +148,174 @@ impl Device {
         parts: &mut Vec<Part>,
     ) -> Result<Origin, Unreadable> {
         let end = self.size_bytes.min(offset.saturating_add(size as u64));
-        let (before, mut origin) = (parts.len(), Origin::Zero);
+        let before = parts.len();
+        let read = self.read_window(offset, end, parts);
+        if read.is_err() {
+            parts.truncate(before);
+        }
+        read
+    }
+
+    fn read_window(
+        &self,
+        offset: u64,
+        end: u64,
+        parts: &mut Vec<Part>,
+    ) -> Result<Origin, Unreadable> {
+        let (mut batch, mut origin, mut whole) = (Batch::default(), Origin::Zero, true);
         for extent in self.index.extents_from(offset / PAGE) {
-            let first = offset.max(extent.page * PAGE);
+            let mut first = offset.max(extent.page * PAGE);
             if first >= end {
                 break;
             }
             let last = end.min(extent.end() * PAGE);
-            match self.read_extent(&extent, first, last, parts) {
-                Ok(from) => origin = origin.max(from),
-                Err(error) => {
-                    parts.truncate(before);
-                    return Err(error);
+            while first < last {
+                if batch.is_full() {
+                    // Copies from here on: so many frames must not stay for a few bytes of each.
+                    whole = false;
+                    origin = origin.max(self.bring(&batch, whole, parts)?);
+                    batch = Batch::default();
+                }
+                first += self.plan(&extent, first, last, &mut batch);
+            }
+        }
+        Ok(origin.max(self.bring(&batch, whole, parts)?))
+    }
+
+    /// Adds the next piece of an extent to the batch: bytes `first` of the device and after it, at
+    /// most to `last`. Returns how many bytes it has.
+    fn plan(&self, extent: &Extent, first: u64, last: u64, batch: &mut Batch) -> u64 {
+        let number = extent.target.build;
+        if extent.target.is_zero() {
+            batch.pieces.push(Piece::Zeros((last - first) as usize));
+            return last - first;
+        }
+        let at = extent.target.position * PAGE + (first - extent.page * PAGE);
+        match self.index.build(number).kind {
+            BuildKind::Packed => batch.add_frame(number, at, last - first),
+            BuildKind::Capture => batch.add_capture(number, at, last - first),
+        }
+    }
+
+    /// Brings a batch and adds its parts: whole frames, or copies of what is wanted of them.
+    fn bring(
+        &self,
+        batch: &Batch,
+        whole: bool,
+        parts: &mut Vec<Part>,
+    ) -> Result<Origin, Unreadable> {
+        let mut origin = Origin::Zero;
+        let wanted = self.wanted(&batch.frames)?;
+        let frames = self.builds.fetch(&wanted)?;
+        for (got, (build, _)) in frames.iter().zip(&wanted) {
+            origin = origin.max(origin_of(got, build));
+        }
+        let mut captures = Vec::with_capacity(batch.captures.len());
+        for (number, start, end) in &batch.captures {
+            captures.push(self.read_capture(*number, *start, *end)?);
+            origin = origin.max(Origin::Capture);
+        }
+        parts.extend(batch.pieces.iter().map(|piece| match *piece {
+            Piece::Zeros(length) => Part::Zeros(length),
+            Piece::Frame(at, from, length) => part(&frames[at].frame, from, length, whole),
+            Piece::Capture(at, from, length) => part(&captures[at], from, length, whole),
+        }));
+        Ok(origin)
+    }
+
+    /// The builds of the frames of a batch, open.
+    fn wanted(&self, frames: &[(u32, u64)]) -> Result<Vec<Wanted>, Unreadable> {
+        let mut closed: Vec<u32> = Vec::new();
+        {
+            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            let there = |number| open.get(number).filter(|build| !build.is_stale()).cloned();
+            let mut wanted = Vec::with_capacity(frames.len());
+            for (number, frame) in frames {
+                match there(number) {
+                    Some(build) => wanted.push((build, *frame)),
+                    None if !closed.contains(number) => closed.push(*number),
+                    None => {}
                 }
             }
-        }
-        Ok(origin)
-    }
-
-    /// Bytes `first..last` of the device, all in one extent.
-    fn read_extent(
-        &self,
-        extent: &Extent,
-        first: u64,
-        last: u64,
-        parts: &mut Vec<Part>,
-    ) -> Result<Origin, Unreadable> {
-        let length = (last - first) as usize;
-        if extent.target.is_zero() {
-            parts.push(Part::Zeros(length));
-            return Ok(Origin::Zero);
-        }
-        let inside = first - extent.page * PAGE;
-        let at = extent.target.position * PAGE + inside;
-        let build = self.index.build(extent.target.build);
-        match build.kind {
-            BuildKind::Packed => self.read_build(extent.target.build, build, at, length, parts),
-            BuildKind::Capture => self.read_capture(build, at, length, parts),
-        }
-    }
-
-    fn read_build(
-        &self,
-        number: u32,
-        build: &BuildRef,
-        at: u64,
-        length: usize,
-        parts: &mut Vec<Part>,
-    ) -> Result<Origin, Unreadable> {
-        const FRAME: u64 = FRAME_PAGES as u64 * PAGE;
-        let open = self.build(number, build)?;
-        let (mut at, end, mut origin) = (at, at + length as u64, Origin::Kept);
-        while at < end {
-            let (frame, kept) = self
-                .builds
-                .frame(&open, at / FRAME)
-                .inspect_err(|_| self.close(number, &build.id))?;
-            let from = (at % FRAME) as usize;
-            let taken = (frame.len() - from).min((end - at) as usize);
-            parts.push(Part::Frame(frame, from, taken));
-            at += taken as u64;
-            if !kept {
-                origin = if open.medium() == "local" {
-                    origin.max(Origin::Local)
-                } else {
-                    Origin::Remote
-                };
+            if closed.is_empty() {
+                return Ok(wanted);
             }
         }
-        Ok(origin)
+        let refs: Vec<&BuildRef> = closed.iter().map(|at| self.index.build(*at)).collect();
+        let opened = self.builds.get(&refs)?;
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        open.extend(closed.into_iter().zip(opened));
+        Ok(frames
+            .iter()
+            .filter_map(|(number, frame)| Some((open.get(number)?.clone(), *frame)))
+            .collect())
     }
 
-    /// A build of the header, open.
-    fn build(&self, number: u32, wanted: &BuildRef) -> Result<Arc<Build>, Unreadable> {
-        let lock = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = lock().get(&number) {
-            return Ok(open.clone());
+    /// Pages `start..end` of a capture, verified where it has sums.
+    fn read_capture(&self, number: u32, start: u64, end: u64) -> Result<Frame, Unreadable> {
+        let mut pages = Pages::new(((end - start) * PAGE) as usize);
+        self.captures[&number]
+            .read(start, &mut pages)
+            .map_err(|error| unreadable(&hex(&self.index.build(number).id), &error))?;
+        Ok(pages.into())
+    }
+}
+
+impl Batch {
+    fn is_full(&self) -> bool {
+        self.frames.len() >= BATCH_FRAMES || self.capture_pages >= BATCH_PAGES
+    }
+
+    /// Bytes from `at` of a build on, as far as its frame goes; returns how many.
+    fn add_frame(&mut self, number: u32, at: u64, length: u64) -> u64 {
+        let wanted = (number, at / FRAME);
+        if self.frames.last() != Some(&wanted) {
+            self.frames.push(wanted);
         }
-        let open = self.builds.get(&wanted.id)?;
-        let pages = open.table().page_count();
-        if pages != wanted.pages {
-            let cause = format!("it has {pages} pages; the header says {}", wanted.pages);
-            return Err(Unreadable::damaged(open.name(), cause));
-        }
-        lock().insert(number, open.clone());
-        Ok(open)
+        let (from, length) = (at % FRAME, length.min(FRAME - at % FRAME));
+        let frame = self.frames.len() - 1;
+        self.pieces
+            .push(Piece::Frame(frame, from as usize, length as usize));
+        length
     }
 
-    /// The next reader opens it again: it may have been mended meanwhile.
-    fn close(&self, number: u32, id: &Digest) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.remove(&number);
-        self.builds.forget(id);
+    /// Bytes from `at` of a capture on; returns how many. What follows in the capture is read as
+    /// one, also where zeros or other pages are between on the device.
+    fn add_capture(&mut self, number: u32, at: u64, length: u64) -> u64 {
+        let length = length.min((BATCH_PAGES * PAGE) - at % PAGE);
+        let (start, end) = (at / PAGE, (at + length).div_ceil(PAGE));
+        self.capture_pages += end - start;
+        let first = match self.captures.last_mut() {
+            Some((last, first, goes_to)) if *last == number && *goes_to == start => {
+                *goes_to = end;
+                *first
+            }
+            _ => {
+                self.captures.push((number, start, end));
+                start
+            }
+        };
+        let read = self.captures.len() - 1;
+        let from = (at - first * PAGE) as usize;
+        self.pieces
+            .push(Piece::Capture(read, from, length as usize));
+        length
     }
+}
 
-    fn read_capture(
-        &self,
-        build: &BuildRef,
-        at: u64,
-        length: usize,
-        parts: &mut Vec<Part>,
-    ) -> Result<Origin, Unreadable> {
-        let name = diapause_format::hex(&build.id);
-        let source = self
-            .captures
-            .get(&build.id)
-            .ok_or_else(|| Unreadable::away(&name, "no such capture"))?;
-        // Pages are verified whole, also where only a part of one is asked for.
-        let (start, end) = (at / PAGE, (at + length as u64).div_ceil(PAGE));
-        let mut bytes = vec![0; ((end - start) * PAGE) as usize];
-        source
-            .read(start, &mut bytes)
-            .map_err(|error| unreadable(&name, &error))?;
-        let from = (at - start * PAGE) as usize;
-        bytes.drain(..from);
-        bytes.truncate(length);
-        parts.push(Part::Bytes(bytes));
-        Ok(Origin::Capture)
+fn part(pages: &Frame, from: usize, length: usize, whole: bool) -> Part {
+    if whole {
+        Part::Frame(pages.clone(), from, length)
+    } else {
+        Part::Bytes(pages[from..from + length].to_vec())
+    }
+}
+
+fn origin_of(got: &Got, build: &Build) -> Origin {
+    match got.kept {
+        true => Origin::Kept,
+        false if build.medium().has_latency() => Origin::Remote,
+        false => Origin::Local,
     }
 }
 
@@ -256,19 +331,52 @@ fn open_header(spec: &DeviceSpec) -> Result<HeaderIndex, Unreadable> {
     HeaderIndex::load(reader).map_err(|error| unreadable(&name, &file.error(error)))
 }
 
-fn open_capture(spec: &CaptureSpec, pages: u64) -> Result<(Digest, Arc<PageSource>), Unreadable> {
+/// The captures that the header maps to, by their numbers in it.
+fn open_captures(
+    specs: &[CaptureSpec],
+    index: &HeaderIndex,
+) -> Result<HashMap<u32, PageSource>, Unreadable> {
+    let mut by_id: HashMap<Digest, &CaptureSpec> = HashMap::new();
+    for spec in specs {
+        let wrong = || Unreadable::damaged(spec.path.display().to_string(), "its id is none");
+        by_id.insert(parse_hex32(&spec.id).ok_or_else(wrong)?, spec);
+    }
+    let mut captures = HashMap::new();
+    for (number, build) in (1..).zip(&index.summary().builds) {
+        if build.kind == BuildKind::Packed {
+            continue;
+        }
+        let missing = || Unreadable::away(hex(&build.id), "no such capture");
+        let spec = by_id.get(&build.id).ok_or_else(missing)?;
+        let source = open_capture(spec, index.summary().page_count)?;
+        if source.data_pages() != build.pages {
+            let (found, said) = (source.data_pages(), build.pages);
+            let cause = format!("it has {found} pages; the header says {said}");
+            return Err(Unreadable::damaged(spec.path.display().to_string(), cause));
+        }
+        captures.insert(number, source);
+    }
+    Ok(captures)
+}
+
+fn open_capture(spec: &CaptureSpec, pages: u64) -> Result<PageSource, Unreadable> {
     let name = spec.path.display().to_string();
-    let wrong = || Unreadable::damaged(&name, "its id is none");
-    let id = parse_hex32(&spec.id).ok_or_else(wrong)?;
     let source = match &spec.map {
         Some(map) => {
-            let map = fs::read(map).map_err(|error| Unreadable::away(&name, error))?;
+            let map = read_map(map).map_err(|error| Unreadable::away(&name, error))?;
             PageSource::overlay(&spec.path, &map, pages)
         }
         None => PageSource::capture(&spec.path, spec.spill.as_deref().map(Path::new)),
     };
-    let source = source.map_err(|error| unreadable(&name, &error))?;
-    Ok((id, Arc::new(source)))
+    source.map_err(|error| unreadable(&name, &error))
+}
+
+fn read_map(path: &Path) -> io::Result<Vec<u8>> {
+    let mut map = Vec::new();
+    let most = MAP_BYTES_MAX as u64 + 1;
+    // One byte too many is refused by whoever parses it.
+    File::open(path)?.take(most).read_to_end(&mut map)?;
+    Ok(map)
 }
 
 fn unreadable(name: &str, error: &Error) -> Unreadable {

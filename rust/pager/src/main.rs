@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode};
 use diapause_pager::fuse::Fuse;
 use diapause_pager::kept::{pidfd, Kept};
 use diapause_pager::service::Service;
-use diapause_pager::{control, keeper};
+use diapause_pager::{control, frames, keeper};
 
 use nix::sys::signal::{signal, SigHandler, Signal};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -48,6 +48,7 @@ fn run(role: &str) -> io::Result<()> {
             .spawn()
             .map(drop);
     }
+    frames::bound_malloc();
     // Each is the other's child at some time: nobody waits for a child that has ended.
     // SAFETY: no handler is set, and no thread runs yet.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;

@@ -8,10 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use serde::{Deserialize, Serialize};
 
-use crate::blobs::Directory;
 use crate::build::{Builds, Frames, Unreadable};
 use crate::device::Device;
-use crate::spec::DeviceSpec;
+use crate::spec::{BlobsSpec, DeviceSpec};
 use crate::wire::ROOT;
 
 /// Files at once.
@@ -63,7 +62,7 @@ impl Node {
             return Ok(device.clone());
         }
         let spec = self.text().spec;
-        let opened = Arc::new(Device::open(&spec, open.builds(&spec))?);
+        let opened = Arc::new(Device::open(&spec, open.builds(&spec.blobs)?)?);
         *device = Some(opened.clone());
         Ok(opened)
     }
@@ -85,17 +84,20 @@ impl Node {
 #[derive(Debug, Default)]
 pub struct Open {
     frames: Arc<Frames>,
-    builds: Mutex<HashMap<std::path::PathBuf, Arc<Builds>>>,
+    builds: Mutex<HashMap<BlobsSpec, Arc<Builds>>>,
 }
 
 impl Open {
-    fn builds(&self, spec: &DeviceSpec) -> Arc<Builds> {
+    fn builds(&self, blobs: &BlobsSpec) -> Result<Arc<Builds>, Unreadable> {
         let mut all = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || {
-            let source = Arc::new(Directory(spec.builds.clone()));
-            Arc::new(Builds::new(source, self.frames.clone()))
-        };
-        all.entry(spec.builds.clone()).or_insert_with(new).clone()
+        if let Some(builds) = all.get(blobs) {
+            return Ok(builds.clone());
+        }
+        let source = blobs.source();
+        let source = source.map_err(|cause| Unreadable::away("builds", cause))?;
+        let builds = Arc::new(Builds::new(source, self.frames.clone()));
+        all.insert(blobs.clone(), builds.clone());
+        Ok(builds)
     }
 }
 
@@ -227,7 +229,7 @@ mod tests {
             size_bytes: 8192,
             header: header.into(),
             header_digest: "0".repeat(64),
-            builds: "/nowhere".into(),
+            blobs: BlobsSpec::directory("/nowhere"),
             captures: Vec::new(),
         }
     }

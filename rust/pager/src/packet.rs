@@ -14,6 +14,9 @@ pub const PACKET_BYTES_MAX: usize = 64 << 10;
 /// Descriptors that come with it.
 pub const PACKET_FDS_MAX: usize = 16;
 
+/// Descriptors that the kernel passes with one message.
+const SCM_FDS_MAX: usize = 253;
+
 /// What was received.
 #[derive(Debug)]
 pub struct Packet {
@@ -66,7 +69,9 @@ pub fn send(to: BorrowedFd<'_>, what: &impl Serialize, fds: &[BorrowedFd<'_>]) -
 /// What the kernel says; also where it does not fit.
 pub fn receive(from: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
     let mut text = vec![0; PACKET_BYTES_MAX];
-    let mut space = cmsg_space!([std::os::fd::RawFd; PACKET_FDS_MAX]);
+    // Room for all that the kernel passes at once: descriptors that come can't be lost then, and
+    // those of a packet that is refused are closed.
+    let mut space = cmsg_space!([std::os::fd::RawFd; SCM_FDS_MAX]);
     let mut data = [IoSliceMut::new(&mut text)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let got = loop {
@@ -87,7 +92,8 @@ pub fn receive(from: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
             );
         }
     }
-    if cut.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    let cut = cut.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    if cut || fds.len() > PACKET_FDS_MAX {
         return Err(invalid("a packet that is too large"));
     }
     text.truncate(bytes);
@@ -140,5 +146,19 @@ mod tests {
         let bytes = vec![b'1'; PACKET_BYTES_MAX + 1];
         nix::unistd::write(&one, &bytes).unwrap();
         assert!(receive(other.as_fd()).is_err());
+    }
+
+    #[test]
+    fn descriptors_of_a_refused_packet_are_closed() {
+        let (one, other) = pair();
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let numbers = vec![writer.as_raw_fd(); PACKET_FDS_MAX + 1];
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let (data, none) = ([IoSlice::new(b"1")], MsgFlags::empty());
+        sendmsg::<UnixAddr>(one.as_raw_fd(), &data, &rights, none, None).unwrap();
+        drop(writer);
+        assert!(receive(other.as_fd()).is_err());
+        // Nobody has the other end of the pipe any more.
+        assert_eq!(nix::unistd::read(&reader, &mut [0; 1]).unwrap(), 0);
     }
 }

@@ -205,9 +205,9 @@ impl Keeps for Kernel {
 
 /// The connection that is kept, if the kernel was greeted over it; else a new one.
 fn connection(keep: &Keep) -> io::Result<(Fuse, FuseText)> {
-    let found = keep.with(|kept| match kept.get("fuse") {
-        Some(entry) => Some((text_of::<FuseText>(Some(entry)), copies(&entry.fds))),
-        None => None,
+    let found = keep.with(|kept| {
+        let entry = kept.get("fuse")?;
+        Some((text_of::<FuseText>(Some(entry)), copies(&entry.fds)))
     });
     if let Some((text, fds)) = found {
         let text = text?;

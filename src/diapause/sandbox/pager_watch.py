@@ -6,11 +6,12 @@ guests are ended, since what they would get for a page that is not there nobody 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING
 
-from diapause.errors import DiapauseError
+from diapause.driver.process import Pidfd
 from diapause.sandbox.rescue import REFUSALS
 
 if TYPE_CHECKING:
@@ -55,7 +56,5 @@ class PagerWatch:
                 continue
             if host.ondemand.is_lost(record):
                 log.warning("%s: its pager and the keeper have ended: so does its VMM", sandbox)
-                try:
-                    guest.machine.kill()
-                except DiapauseError as error:
-                    log.warning("%s can't be ended: %s", sandbox, error)
+                with contextlib.closing(Pidfd(guest.machine.process)) as vmm:
+                    vmm.kill()  # and nothing else: whoever watches it sees its end as any other

@@ -134,7 +134,8 @@ class Served:
         ]  # fmt: skip
         return {
             "size_bytes": size_bytes, "header": str(path), "header_digest": header.digest,
-            "builds": str(self._home.builds), "captures": captures,
+            "blobs": {"kind": "directory", "path": str(self._home.builds)},
+            "captures": captures,
         }  # fmt: skip
 
     def _keep(self, name: str, header: DeviceHeader) -> Path:

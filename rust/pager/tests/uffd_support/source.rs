@@ -1,8 +1,7 @@
 //! The pattern as a device, in parts as builds have them.
 
-use std::sync::Arc;
 
-use diapause_pager::build::Unreadable;
+use diapause_pager::build::{Frame, Unreadable};
 use diapause_pager::device::{Origin, Part};
 use diapause_pager::uffd::Pages;
 
@@ -42,7 +41,7 @@ impl Pages for Pattern {
             parts.push(if page % 2 == 0 {
                 Part::Bytes(bytes)
             } else {
-                let frame: Arc<[u8]> = [&[7; 4096][..], &bytes].concat().into();
+                let frame: Frame = [&[7; 4096][..], &bytes].concat().into();
                 Part::Frame(frame, 4096, bytes.len())
             });
             page = last;
