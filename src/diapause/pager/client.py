@@ -37,8 +37,8 @@ class Pair:
     mount: int
 
 
-class NotRunning(PagerUnavailable):
-    """Memory can't be served on demand: {cause}."""
+class Absent(Exception):
+    """Nobody listens: there is no pager, or it and its keeper are dead."""
 
 
 class Refused(Exception):
@@ -59,11 +59,14 @@ class Pager:
         with self._guard:
             try:
                 return self._hello()
-            except NotRunning:
+            except Absent as error:
                 if not start:
-                    raise
+                    raise PagerUnavailable(cause="the pager does not run") from error
             process.start(self._home)
-            return self._hello()
+            try:
+                return self._hello()
+            except Absent as error:
+                raise PagerUnavailable(cause="the pager ended at once: see pager.log") from error
 
     def _hello(self) -> Pair:
         said, [mount] = self._ask({"hello": {}}, ())
@@ -115,7 +118,10 @@ class Pager:
     def ask(self, what: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """One request; raises PagerUnavailable where nobody answers or it is refused."""
         with self._guard:
-            answered = self._ask(what, fds)
+            try:
+                answered = self._ask(what, fds)
+            except Absent as error:
+                raise PagerUnavailable(cause="the pager does not run") from error
         for fd in answered[1]:
             os.close(fd)
         said: dict[str, Any] = answered[0]
@@ -138,7 +144,7 @@ class Pager:
                 raise PagerUnavailable(cause=f"the pager refuses: {error}") from error
             except (ConnectionRefusedError, FileNotFoundError) as error:
                 self._drop()
-                raise NotRunning(cause="the pager does not run") from error
+                raise Absent from error
             except OSError as error:
                 self._drop()
                 if time.monotonic() > deadline:

@@ -1,6 +1,5 @@
 //! The pattern as a device, in parts as builds have them.
 
-
 use diapause_pager::build::{Frame, Unreadable};
 use diapause_pager::device::{Origin, Part};
 use diapause_pager::uffd::Pages;
