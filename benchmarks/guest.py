@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from diapause.daemon.client import Client
 from diapause.driver.process import process_ref
+from diapause.errors import PagerUnavailable
 from diapause.model import (
     CaptureAnswer,
     CaptureRequest,
@@ -22,6 +24,7 @@ from diapause.model import (
     ImageBuildRequest,
     RunRequest,
 )
+from diapause.pager.client import Pager
 from diapause.store.home import Home
 from diapause.units import GIB, MIB
 
@@ -49,6 +52,8 @@ class Bench:
         """End the guests and the daemon, and remove the home."""
         for row in self.client.sandboxes(everything=True):
             self.client.remove(row.sandbox, force=True)
+        with contextlib.suppress(PagerUnavailable):
+            Pager(self.home).stop()
         pid = int(self.home.serve_lock.read_text().split()[0])
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda: process_ref(pid) is None, "the daemon's end", 30.0)

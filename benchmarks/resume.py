@@ -29,7 +29,7 @@ def resumes(bench: Bench) -> list[Row]:
     for _ in range(ROUNDS):
         answers.append(bench.client.resume(guest, ResumeRequest()))
         snapshot = bench.pause(guest, "disk").snapshot
-        _wait_for_flat(bench, snapshot)
+        wait_for_flat(bench, snapshot)
         by_hand.append(_by_hand(bench, snapshot))
     bench.remove(guest)
     whole = tuple(a.ready_ms for a in answers[1:])
@@ -51,7 +51,8 @@ def _boots(bench: Bench) -> Figure:
     return Figure("booting the same image", "ms", tuple(found))
 
 
-def _wait_for_flat(bench: Bench, snapshot: str) -> None:
+def wait_for_flat(bench: Bench, snapshot: str) -> None:
+    """A pause makes them behind itself."""
     from benchmarks.guest import wait_for
 
     known = bench.home.flat_of(snapshot) / "flat.json"
@@ -64,7 +65,7 @@ def warm(bench: Bench) -> list[Row]:
     parent = bench.client.inspect(first.sandbox).parent
     assert parent is not None
     bench.settle(parent)
-    _wait_for_flat(bench, parent)
+    wait_for_flat(bench, parent)
     runs: list[float] = []
     peers: list[float] = []
     boots = [first.ready_ms]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diapause.errors import DiapauseError
-from diapause.model import ResumeRequest
+from diapause.model import CaptureRequest, GcRequest, ResumeRequest
 from diapause.pager.client import Pager
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox
@@ -106,6 +106,28 @@ def test_a_new_daemon_takes_its_guests_up(daemon: Daemon, guest: Sandbox) -> Non
     with contextlib.closing(Pager(daemon.home)) as pager:
         os.kill(pager.pair(start=False).pid, signal.SIGKILL)  # the next one reads everything anew
     assert guest.digests() == digests
+
+
+def test_a_removed_snapshot_is_served_as_long_as_a_guest_runs_on_it(
+    daemon: Daemon, guest: Sandbox
+) -> None:
+    """Also by the next pager; then gc takes it and its files."""
+    digests = guest.rewrite()
+    snapshot = guest.pause("disk").snapshot
+    daemon.packed(snapshot)
+    daemon.client.resume(guest.id, ONDEMAND)
+    assert guest.digests() == digests
+    daemon.client.save(guest.id, CaptureRequest())
+    daemon.client.remove_snapshot(snapshot)
+    daemon.client.gc(GcRequest())
+    with contextlib.closing(Pager(daemon.home)) as pager:
+        pager.pair(start=False)
+        assert f"{snapshot}.memory" in pager.names()
+        os.kill(pager.pair(start=False).pid, signal.SIGKILL)
+        assert guest.digests() == digests
+        daemon.client.remove(guest.id, force=True)
+        daemon.client.gc(GcRequest())
+        assert f"{snapshot}.memory" not in pager.names()
 
 
 def test_a_damaged_build_ends_the_guest_with_its_name(daemon: Daemon, guest: Sandbox) -> None:

@@ -79,6 +79,17 @@ class Pager:
             said["instance"], said["pid"], said["keeper_pid"], said["replaceable"], self._mount
         )
 
+    def instance(self) -> str | None:
+        """Which pair is there; None where nobody listens.
+
+        Raises PagerUnavailable where somebody does and does not answer: nothing is known then.
+        """
+        with self._guard:
+            try:
+                return self._hello().instance
+            except Absent:
+                return None
+
     def path(self, name: str) -> Path:
         """Where a file of the pager is opened; only after `pair`."""
         return Path(f"/proc/self/fd/{self._mount}/{name}")

@@ -20,6 +20,7 @@ from diapause.pager.client import Pager
 from diapause.snapshot.served import Served
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
@@ -50,7 +51,7 @@ class Ondemand:
         Raises PagerUnavailable.
         """
         pair = self.pager.pair(start=True)
-        names = self.served.files(source)
+        names = self.served.files(source, pair.instance)
         record.pager = pair.instance
         self._catalog.put_sandbox(record)
         return {device: self.pager.path(name) for device, name in names.items()}
@@ -70,11 +71,12 @@ class Ondemand:
         if record.pager is None:
             return None
         try:
-            if self.pager.pair(start=False).instance != record.pager:
+            if self.pager.instance() != record.pager:
                 return LOST
             killed = self.pager.detach(record.id)
-        except PagerUnavailable:
-            return LOST
+        except PagerUnavailable as error:
+            log.warning("%s: whether the pager ended it is not known: %s", record.id, error)
+            return None
         return f"{killed['blob']} could not be served: {killed['cause']}" if killed else None
 
     def end_if_lost(self, record: SandboxRecord, process: ProcessRef) -> None:
@@ -87,13 +89,14 @@ class Ondemand:
         pidfd.close()
 
     def is_lost(self, record: SandboxRecord) -> bool:
-        """Whether what serves it is not there any more."""
+        """Whether what serves it is not there any more. One that only does not answer is there."""
         if record.pager is None:
             return False
         try:
-            return self.pager.pair(start=False).instance != record.pager
-        except PagerUnavailable:
-            return True
+            return self.pager.instance() != record.pager
+        except PagerUnavailable as error:
+            log.warning("%s", error)
+            return False
 
     def seen(self, record: SandboxRecord) -> dict[str, Any] | None:
         """What the pager counted of a sandbox, where it serves it and answers."""
@@ -118,6 +121,15 @@ class Ondemand:
             self.served.adopt()
         except DiapauseError as error:
             log.info("no files of a pager are taken up: %s", error)
+
+    def forget(self, snapshots: Iterable[str]) -> None:
+        """Snapshots are gone: so are their files, where a pager has any."""
+        try:
+            if self.pager.instance() is not None:
+                for snapshot in snapshots:
+                    self.served.forget(snapshot)
+        except PagerUnavailable as error:  # the next daemon finds them
+            log.warning("files of snapshots that are gone stay: %s", error)
 
     def close(self) -> None:
         """Let go of it; pager, keeper and guests go on."""

@@ -43,14 +43,20 @@ class Served:
         self._templates, self._leases = templates, leases
         self._guard = threading.Lock()
         self._provisional: dict[str, ExitStack] = {}  # by snapshot: what its files stand on
+        # By snapshot: the pager that has its files, the state that they are of, their names.
+        self._pointed: dict[str, tuple[str, str, dict[str, str]]] = {}
 
-    def files(self, record: SnapshotRecord) -> dict[str, str]:
-        """The names of a snapshot's files in the pager, by device; there from now on.
+    def files(self, record: SnapshotRecord, instance: str) -> dict[str, str]:
+        """The names of a snapshot's files in this pager, by device; there from now on.
 
         Raises PagerUnavailable; BlobMissing and BlobDamaged where its header can't be used.
         """
         with self._guard:
-            return self._point(record)
+            there = self._pointed.get(record.id)
+            if there is None or there[:2] != (instance, record.state):
+                there = (instance, record.state, self._point(record))
+                self._pointed[record.id] = there
+            return there[2]
 
     def packed(self, record: SnapshotRecord) -> None:
         """A snapshot was packed: files that point to its capture point to its builds from now on.
@@ -58,6 +64,7 @@ class Served:
         Where the pager can't be told they go on as they are, and the capture stays.
         """
         with self._guard:
+            self._pointed.pop(record.id, None)
             if record.id not in self._provisional:
                 return
             try:
@@ -156,6 +163,7 @@ class Served:
         return self._home.served
 
     def _remove(self, snapshot: str) -> None:
+        self._pointed.pop(snapshot, None)
         for name in self._pager.names():
             if name.startswith(f"{snapshot}."):
                 try:

@@ -90,6 +90,7 @@ class Gc(Verb):
         """Nobody can find them any more, whatever happens from here on."""
         if self.found.rows:
             self.host.catalog.forget_snapshots(self.found.rows)
+            self.host.ondemand.forget(self.found.rows)
 
     def do_move(self) -> None:
         """Out of everybody's reach, one after the other."""

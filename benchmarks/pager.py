@@ -1,0 +1,94 @@
+"""The pagers: a resume on demand against flat files that are there; faults through userfaultfd
+against a bare loop in C."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from benchmarks.resume import wait_for_flat
+from benchmarks.rows import Figure, Row
+from diapause.model import ResumeRequest
+from diapause.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from benchmarks.guest import Bench
+
+ROUNDS = 7
+PAIRS = 5
+ROOT = Path(__file__).parent.parent
+BOUND_S = 600.0
+
+
+def measure(bench: Bench) -> list[Row]:
+    """All rows."""
+    return [*_resumes(bench), *_faults()]
+
+
+def _resumes(bench: Bench) -> list[Row]:
+    """Request to answering agent, builds warm in the page cache, one way and the other in turn."""
+    guest = bench.boot()
+    bench.fill(guest, 190)
+    snapshot = bench.pause(guest, "disk").snapshot
+    took: dict[str, list[float]] = {"ondemand": [], "copy": []}
+    modes: tuple[Literal["ondemand", "copy"], ...] = ("ondemand", "copy")
+    for _ in range(ROUNDS):
+        for mode in modes:
+            wait_for_flat(bench, snapshot)
+            answer = bench.client.resume(guest, ResumeRequest(memory_mode=mode))
+            assert answer.memory_mode == mode, answer.notes
+            took[mode].append(answer.ready_ms)
+            snapshot = bench.pause(guest, "disk").snapshot
+    bench.remove(guest)
+    ours = Figure("on demand", "ms", tuple(took["ondemand"][1:]))
+    peer = Figure("a flat file that is there", "ms", tuple(took["copy"][1:]))
+    return [Row("resume on demand to an answering agent", ours, peer, 1.3)]
+
+
+def _faults() -> list[Row]:
+    """The same touches through the server and through the bare loop, in turn."""
+    with tempfile.TemporaryDirectory() as place:
+        loop = Path(place) / "uffd_loop"
+        source = ROOT / "benchmarks" / "peers" / "uffd_loop.c"
+        _run("cc", "-O2", "-o", str(loop), str(source))
+        ours = _example("uffd_speed")
+        small = [_pair(ours, loop, 4 * KIB, 64 * MIB) for _ in range(PAIRS)]
+        large = [_pair(ours, loop, 64 * KIB, 256 * MIB) for _ in range(PAIRS)]
+    p50 = [
+        Figure(name, "us", tuple(pair[at]["p50_us"] for pair in small))
+        for at, name in enumerate(("the server, p50", "a bare loop in C"))
+    ]
+    # A row's bound is on how much larger ours may be: time per byte, so.
+    per_mb = [
+        Figure(name, "us/MB", tuple(1e6 / pair[at]["mb_per_s"] for pair in large))
+        for at, name in enumerate(("the server", "a bare loop in C"))
+    ]
+    return [
+        Row("a 4 KiB fault through userfaultfd", p50[0], p50[1], 1.25),
+        Row("64 KiB a fault through userfaultfd", per_mb[0], per_mb[1], 1 / 0.9),
+    ]
+
+
+def _pair(ours: Path, loop: Path, fault: int, size: int) -> tuple[dict[str, float], ...]:
+    return tuple(
+        json.loads(_run(str(program), str(fault), str(size)).splitlines()[-1])
+        for program in (ours, loop)
+    )
+
+
+def _example(name: str) -> Path:
+    """A program of the pager's crate, built as the product is."""
+    cargo = shutil.which("cargo") or str(Path.home() / ".cargo/bin/cargo")
+    _run(cargo, "build", "--release", "--locked", "-q", "-p", "diapause-pager", "--example", name)
+    return ROOT / "target" / "release" / "examples" / name
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=BOUND_S, cwd=ROOT
+    )
+    return done.stdout
