@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::kept::{has_ended, kill, next, start_other, Kept, Word, LINK_WAIT};
+use crate::kept::{has_ended, kill, next, reap, start_other, Kept, Word, LINK_WAIT};
 use crate::packet::{self, borrowed};
 
 /// How often the keeper is looked at, and started again where that failed.
@@ -91,6 +91,7 @@ impl Keep {
         loop {
             std::thread::sleep(LOOK);
             let mut state = self.lock();
+            reap();
             if has_ended(state.process.as_fd(), Duration::ZERO) {
                 if let Err(error) = revive(&mut state) {
                     eprintln!("no keeper could be started: {error}");

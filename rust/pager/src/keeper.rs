@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::clients::{Cause, ClientText};
-use crate::kept::{has_ended, kill, start_other, Kept, Word, LINK_WAIT};
+use crate::kept::{has_ended, kill, reap, start_other, Kept, Word, LINK_WAIT};
 use crate::packet;
 
 /// Deaths in a row, each soon after its start, that are taken for the last.
@@ -40,20 +40,26 @@ pub fn keep(mut kept: Kept, mut pager: Option<Other>) -> io::Result<()> {
     let mut deaths = 0;
     loop {
         let began = Instant::now();
-        let (link, process) = match pager.take() {
-            Some(other) => other,
-            None => start_other("pager", &kept).inspect_err(|_| end_guests(&mut kept))?,
+        let other = match pager.take() {
+            Some(other) => Ok(other),
+            None => start_other("pager", &kept), // which may be killed while it is told
         };
-        if let End::Asked = listen(&link, &process, &mut kept) {
-            return Ok(());
+        match other {
+            Err(error) => eprintln!("the pager could not be started: {error}"),
+            Ok((link, process)) => {
+                if let End::Asked = listen(&link, &process, &mut kept) {
+                    return Ok(());
+                }
+                // A pager that lives on without its keeper could answer beside the next one.
+                kill(process.as_fd());
+                if !has_ended(process.as_fd(), LINK_WAIT) {
+                    end_guests(&mut kept);
+                    return Err(io::Error::other("the pager can't be ended"));
+                }
+                eprintln!("the pager has ended; it is started again");
+            }
         }
-        // A pager that lives on without its keeper could answer beside the next one.
-        kill(process.as_fd());
-        if !has_ended(process.as_fd(), LINK_WAIT) {
-            end_guests(&mut kept);
-            return Err(io::Error::other("the pager can't be ended"));
-        }
-        eprintln!("the pager has ended; it is started again");
+        reap();
         deaths = if began.elapsed() < SOON {
             deaths + 1
         } else {

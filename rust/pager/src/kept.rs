@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
+use nix::sys::wait::{waitpid, WaitPidFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::packet::{self, borrowed, Packet};
@@ -152,6 +153,14 @@ pub fn next(from: BorrowedFd<'_>, bound: Duration) -> io::Result<Option<Packet>>
             Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+/// Lets go of children that have ended. Until then their numbers are nobody else's, so that a
+/// handle which was opened by number is one of the right process.
+pub fn reap() {
+    let any = None::<nix::unistd::Pid>;
+    while matches!(waitpid(any, Some(WaitPidFlag::WNOHANG)), Ok(status) if status.pid().is_some()) {
     }
 }
 

@@ -12,12 +12,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, ExitCode};
 
 use diapause_pager::fuse::Fuse;
-use diapause_pager::kept::{pidfd, Kept};
+use diapause_pager::kept::Kept;
 use diapause_pager::service::Service;
+use diapause_pager::uffd::vmm::Process;
 use diapause_pager::{control, frames, keeper};
-
-use nix::sys::signal::{signal, SigHandler, Signal};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 fn main() -> ExitCode {
     let role = std::env::args().nth(1).unwrap_or_default();
@@ -49,9 +47,6 @@ fn run(role: &str) -> io::Result<()> {
             .map(drop);
     }
     frames::bound_malloc();
-    // Each is the other's child at some time: nobody waits for a child that has ended.
-    // SAFETY: no handler is set, and no thread runs yet.
-    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
     let link = io::stdin().as_fd().try_clone_to_owned()?;
     let kept = Kept::receive(link.as_fd())?;
     match role {
@@ -71,5 +66,5 @@ fn run(role: &str) -> io::Result<()> {
 
 /// The process at the other end of the link: it made the pair of sockets.
 fn other(link: &OwnedFd) -> io::Result<OwnedFd> {
-    pidfd(getsockopt(link, PeerCredentials)?.pid())
+    Ok(Process::peer(link)?.0.into())
 }

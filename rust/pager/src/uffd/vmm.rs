@@ -9,7 +9,6 @@
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -62,7 +61,7 @@ impl Process {
     ///
     /// # Errors
     /// Where it is gone already, or in a namespace that we don't see.
-    pub fn peer(stream: &UnixStream) -> io::Result<(Self, i32)> {
+    pub fn peer(stream: &(impl AsFd + AsRawFd)) -> io::Result<(Self, i32)> {
         let pid = getsockopt(stream, PeerCredentials)?.pid();
         if pid <= 0 {
             return Err(io::Error::new(
@@ -90,7 +89,7 @@ impl Process {
     }
 
     /// By number: right as long as the peer has not left, which is looked at afterwards.
-    fn open_peer(stream: &UnixStream, pid: i32) -> io::Result<Self> {
+    fn open_peer(stream: &impl AsFd, pid: i32) -> io::Result<Self> {
         let process = Self::open(pid)?;
         let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLHUP)];
         poll(&mut fds, PollTimeout::ZERO)?;
