@@ -92,6 +92,24 @@ def kill_both(daemon: Daemon) -> None:
             os.kill(pid, signal_)
 
 
+def test_without_a_pager_memory_is_copied_and_it_is_said(daemon: Daemon, guest: Sandbox) -> None:
+    """One that can't be started: something lies where its socket has to be."""
+    digests = guest.rewrite()
+    guest.pause("disk")
+    daemon.client.resume(guest.id, ONDEMAND)
+    guest.pause("disk")
+    kill_both(daemon)
+    daemon.home.pager_socket.unlink()
+    daemon.home.pager_socket.mkdir()
+    try:
+        answer = daemon.client.resume(guest.id, ONDEMAND)
+    finally:
+        daemon.home.pager_socket.rmdir()
+    assert answer.memory_mode == "copy"
+    assert any("can't be started" in note and "It was copied." in note for note in answer.notes)
+    assert guest.digests() == digests
+
+
 def test_a_new_daemon_takes_its_guests_up(daemon: Daemon, guest: Sandbox) -> None:
     """Served from a capture that is not packed when it dies, from builds afterwards."""
     guest.start_counter()

@@ -43,28 +43,29 @@ def probe() -> str | None:
 
 
 def start(home: Home) -> None:
-    """Start a pair; only where there is none. Raises PagerUnavailable."""
+    """Start a pair; only where there is none. Raises PagerUnavailable, whatever the reason."""
     if not PROGRAM.exists():
         raise PagerUnavailable(cause="diapause-pager is not there; build it again")
+    try:
+        _start(home)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PagerUnavailable(cause=f"it can't be started: {error}") from error
+
+
+def _start(home: Home) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, _listener(home.pager_socket) as listener, _log(home) as log:
         ours.settimeout(PAGER_S)
         environment = {"PATH": "/usr/bin:/bin", "DIAPAUSE_HOME": str(home.root)}
-        try:
-            subprocess.run(
-                [str(PROGRAM), "start", name_of(home)],
-                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, check=True,
-                start_new_session=True, cwd="/", env=environment, timeout=PAGER_S,
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError) as error:
-            raise PagerUnavailable(cause=f"it can't be started: {error}") from error
+        subprocess.run(
+            [str(PROGRAM), "start", name_of(home)],
+            stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, check=True,
+            start_new_session=True, cwd="/", env=environment, timeout=PAGER_S,
+        )  # fmt: skip
         settings = {"instance": os.urandom(8).hex(), "stall_ms": int(PAGER_STALL_S * 1000)}
-        try:
-            _put(ours, "settings", settings, ())
-            _put(ours, "listener", None, (listener.fileno(),))
-            ours.send(json.dumps("ready").encode())
-        except OSError as error:
-            raise PagerUnavailable(cause=f"it did not start: {error}") from error
+        _put(ours, "settings", settings, ())
+        _put(ours, "listener", None, (listener.fileno(),))
+        ours.send(json.dumps("ready").encode())
 
 
 def _put(to: socket.socket, key: str, value: Any, fds: Sequence[int]) -> None:

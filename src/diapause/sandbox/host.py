@@ -219,7 +219,9 @@ class Host:
         """
         (self.home.buffers / f"{record.id}.unmerged").unlink(missing_ok=True)
         (self.home.sandbox(record.id) / "capture.mark").unlink(missing_ok=True)
-        reason = self.ondemand.ended(record) or reason
+        over_memory = self.ondemand.ended(record)
+        if not reason.startswith("guest-"):  # what a guest did itself is not the pager's doing
+            reason = over_memory or reason
         if not reason.startswith("guest-") and self.driver.leaves.killed(record.id):
             reason = "the VMM was killed by its memory limit"
         record.process, record.root, record.reason = None, None, reason
