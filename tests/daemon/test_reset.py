@@ -59,10 +59,9 @@ def test_a_verb_under_way_ends_before(place: FakeHome) -> None:
         _ended(resetting.wait, 1)
     assert place.home.catalog.exists()
     (place.home.root / "stall").unlink()
-    assert resetting.wait(120) == 0
-    assert pausing.wait(60) == 0
     for process in (resetting, pausing):
-        process.communicate()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
     assert nothing_left(place.home)
 
 

@@ -18,7 +18,7 @@ from diapause.sandbox.pause import Pause, Save
 from diapause.units import MIB
 from tests.framework.catalog_tap import Place, Tap, at_snapshot, before_step
 from tests.framework.fake_home import eventually
-from tests.framework.sandbox import Aside, Daemon, Sandbox
+from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
 
@@ -67,10 +67,12 @@ def check_exact(guest: Sandbox, digests: str) -> None:
 
 @pytest.fixture
 def counting(guest: Sandbox) -> Sandbox:
-    """A guest that counts and was saved: its next capture is a tracked one."""
+    """A guest that counts and was saved: its next capture is a tracked one, and the only one."""
     guest.start_counter()
     guest.rewrite()
     guest.save()
+    captures = guest.daemon.home.captures
+    eventually("the end of the packing", lambda: not list(captures.iterdir()), WAIT_S)
     return guest
 
 

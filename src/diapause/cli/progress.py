@@ -57,9 +57,11 @@ def _watch(watch: object, client: Client, operation: str, ended: threading.Event
     assert callable(watch)
     if ended.wait(_QUIET_S):
         return
-    # Without its progress a verb is as good; with its daemon gone, the verb itself says so.
+    # Without its progress a verb is as good; with its daemon gone, the verb itself says so. No
+    # daemon is started for the question: one that is told to stop ends the verb, but listens no
+    # more, and whoever stopped it may be about to remove the home.
     with contextlib.suppress(DiapauseError, OSError):
-        watch(client, operation, ended)
+        watch(client.of_running(), operation, ended)
 
 
 def _on_a_terminal(client: Client, operation: str, ended: threading.Event) -> None:

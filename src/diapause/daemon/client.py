@@ -62,6 +62,10 @@ class Client:
         self.home = home
         self._command, self._bound_s, self._attend = command, bound_s, attend
 
+    def of_running(self) -> Client:
+        """The same for the daemon that runs: it starts none."""
+        return Client(self.home, None, self._bound_s)
+
     def begin(self, attempt: Callable[[socket.socket], T]) -> T:
         """What `attempt` makes of a connection to the daemon, which is started if there is none.
 
