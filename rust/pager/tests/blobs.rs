@@ -355,7 +355,7 @@ fn a_device_over_http_is_right_while_every_third_request_fails() {
                 let mut dice = Dice::new(reader);
                 for _ in 0..40 {
                     let offset = dice.below(setup.world.expected.len() as u64);
-                    // Beside three other readers one read may meet as many failures as it has tries.
+                    // One read of four at once may meet as many failures as it has tries.
                     check_in_the_end(setup, device, offset, dice.below(300_000) as usize);
                 }
             });
