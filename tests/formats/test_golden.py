@@ -22,6 +22,8 @@ SHA256 = {
     "header.v1": "f48b91a0967dc7754a38afcdf6f91371871c8136db2e95ef45661cf35b9b60b1",
     "build.v1": "712140ec3650b1125970a5a294b0c907b4e4e158a2232e14a43f05cbec290f7d",
     "capture.v1": "32d992fc755f8ac8fb669ee759e9a0665092489aec527ace6c2ad9246d2aef02",
+    # Read and written by the pager's own tests.
+    "trace.v1": "4723f2fbc6b4da6a5b79506b86499b7b8bd57c2528a33bf07a0ffcda6bc27649",
 }
 DEVICE_PAGES = 40
 # 17 pages that compress, one that does not; 20 is zero.

@@ -14,6 +14,7 @@ import pytest
 from diapause.errors import DiapauseError
 from diapause.model import CaptureRequest, GcRequest, ResumeRequest
 from diapause.pager.client import Pager
+from diapause.units import KIB, MIB
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox
 
@@ -188,3 +189,42 @@ def _replace(blob: Path, data: bytes) -> None:
     fresh = blob.with_name(f"{blob.name}.fresh")
     fresh.write_bytes(data)
     fresh.replace(blob)
+
+
+def test_what_a_guest_touched_is_brought_ahead_of_the_next(daemon: Daemon, guest: Sandbox) -> None:
+    """Recorded with the snapshot when the guest is paused, used by its forks, and by what comes
+    after it; right to the byte."""
+    digests = guest.rewrite(4096)
+    first = guest.pause("disk").snapshot
+    daemon.packed(first)
+    answer = daemon.client.resume(guest.id, ONDEMAND)
+    assert (answer.prefetched_pages, answer.used_pages) == (0, 0)
+    assert answer.faults is not None
+    assert sum(answer.faults.values()) > 0
+    assert guest.digests() == digests
+    second = guest.pause("disk").snapshot
+    trace = daemon.home.traces / f"{first}.memory"
+    assert trace.stat().st_size > 32 + 8 * (2 * 4 * MIB // (64 * KIB))
+    daemon.packed(second)
+    answer = daemon.client.resume(guest.id, ONDEMAND)
+    assert answer.prefetched_pages is not None
+    assert answer.used_pages is not None
+    assert 0 < answer.used_pages <= answer.prefetched_pages
+    assert guest.digests() == digests
+    guest.pause("disk")
+    assert (daemon.home.traces / f"{second}.memory").exists()
+    daemon.client.resume(guest.id, ONDEMAND)
+    assert guest.digests() == digests
+
+
+def test_a_trace_goes_with_its_snapshot(daemon: Daemon, guest: Sandbox) -> None:
+    first = guest.pause("disk").snapshot
+    daemon.client.resume(guest.id, ONDEMAND)
+    second = guest.pause("disk").snapshot
+    trace = daemon.home.traces / f"{first}.memory"
+    assert trace.exists()
+    guest.remove()
+    for snapshot in (first, second):
+        daemon.client.remove_snapshot(snapshot)
+    daemon.client.gc(GcRequest())
+    assert not trace.exists()

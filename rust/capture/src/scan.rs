@@ -206,6 +206,21 @@ pub fn dirty_runs(pagemap: &File, ram: RamRange, rule: DirtyRule) -> io::Result<
     }
 }
 
+/// The pages of `ram` that its process has mapped, ascending, as maximal runs: read or written
+/// since it began. Not those that were swapped out, which look like what tracking marks.
+///
+/// # Errors
+/// What the kernel said; there is no other way before Linux 6.7.
+pub fn present_runs(pagemap: &File, ram: RamRange) -> io::Result<Vec<Run>> {
+    let mut arg = ScanArg {
+        size: 96,
+        category_mask: IS_PRESENT,
+        return_mask: IS_PRESENT,
+        ..ScanArg::default()
+    };
+    scan(pagemap, ram, &mut arg)
+}
+
 /// Re-arms tracking over all of `ram`; what had been written is forgotten, so its pages must be
 /// safe by now.
 ///

@@ -98,6 +98,11 @@ impl Builds {
         }
     }
 
+    /// What their medium costs.
+    pub fn medium(&self) -> Medium {
+        self.source.medium()
+    }
+
     /// With another bound on waiting for what another thread is fetching.
     #[must_use]
     pub fn waiting_at_most(self, wait_max: Duration) -> Self {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +11,14 @@ use nix::sys::socket::{accept4, SockFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::clients::{pid_of, Client, ClientText};
+use crate::nodes::Node;
 use crate::packet::{self, Packet};
+use crate::prefetch;
 use crate::server::Server;
 use crate::service::Service;
 use crate::spec::DeviceSpec;
+use crate::touched::{self, Touched};
+use crate::trace::{Trace, GRANULE};
 
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 64;
@@ -41,6 +46,21 @@ enum Ask {
     Detach { sandbox: String },
     /// What is known of a sandbox.
     Seen { sandbox: String },
+    /// A file is given to the kernel as far as a trace of it says, and so many bytes allow.
+    Prefetch {
+        name: String,
+        trace: PathBuf,
+        budget_bytes: u64,
+    },
+    /// What a VMM has touched of a file.
+    Touched { sandbox: String, name: String },
+    /// The same, with what was touched before it, becomes the trace `to`.
+    Trace {
+        sandbox: String,
+        name: String,
+        prior: Option<PathBuf>,
+        to: PathBuf,
+    },
     /// Both processes are to end.
     Stop {},
 }
@@ -112,6 +132,18 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
         Ask::Attach { sandbox, files } => attach(service, &sandbox, files, packet.fds)?,
         Ask::Detach { sandbox } => detach(service, &sandbox)?,
         Ask::Seen { sandbox } => seen(server, &sandbox)?,
+        Ask::Prefetch {
+            name,
+            trace,
+            budget_bytes,
+        } => prefetch(server, &name, &trace, budget_bytes)?,
+        Ask::Touched { sandbox, name } => touched(server, &sandbox, &name)?.1,
+        Ask::Trace {
+            sandbox,
+            name,
+            prior,
+            to,
+        } => trace(server, &sandbox, &name, prior.as_deref(), &to)?,
         Ask::Stop {} => stop(service)?,
     };
     Ok((said, Vec::new()))
@@ -254,6 +286,59 @@ fn seen(server: &Server, sandbox: &str) -> Result<serde_json::Value, String> {
         })
         .collect();
     Ok(serde_json::json!({ "pid": text.pid, "killed": text.killed, "files": files }))
+}
+
+fn prefetch(
+    server: &Arc<Server>,
+    name: &str,
+    trace: &Path,
+    budget_bytes: u64,
+) -> Result<serde_json::Value, String> {
+    let node = found(server, name)?;
+    let begun = prefetch::begin(server, &node, trace, budget_bytes);
+    let bytes = begun.map_err(|error| format!("{}: {error}", trace.display()))?;
+    Ok(serde_json::json!({ "bytes": bytes }))
+}
+
+fn touched(
+    server: &Server,
+    sandbox: &str,
+    name: &str,
+) -> Result<(Touched, serde_json::Value), String> {
+    let client = server.clients.get(sandbox);
+    let client = client.ok_or("no VMM of it runs here")?;
+    let node = found(server, name)?;
+    let touched = touched::of(client.text().pid, &node)
+        .map_err(|error| format!("what {sandbox} touched of {name}: {error}"))?;
+    let stored = node.with_given(|given| given.stored_count()) * (GRANULE / 4096);
+    let said = serde_json::json!({
+        "pages": touched.pages, "prefetched_pages": stored, "used_pages": touched.stored_pages,
+    });
+    Ok((touched, said))
+}
+
+fn trace(
+    server: &Server,
+    sandbox: &str,
+    name: &str,
+    prior: Option<&Path>,
+    to: &Path,
+) -> Result<serde_json::Value, String> {
+    let (touched, said) = touched(server, sandbox, name)?;
+    let node = found(server, name)?;
+    let order = node.with_given(|given| given.order().to_vec());
+    // One that can't be read any more is as good as none.
+    let known = prior.and_then(|path| Trace::read(path, node.size_bytes).ok());
+    let known = known.unwrap_or_else(|| Trace::empty(node.size_bytes));
+    let trace = known.with(&order, &touched.granules);
+    let written = trace.write(to);
+    written.map_err(|error| format!("{}: {error}", to.display()))?;
+    Ok(said)
+}
+
+fn found(server: &Server, name: &str) -> Result<Arc<Node>, String> {
+    let node = server.nodes.find(name);
+    node.ok_or_else(|| format!("there is no file {name}"))
 }
 
 fn stop(service: &Arc<Service>) -> Result<serde_json::Value, String> {

@@ -131,6 +131,11 @@ impl Device {
         self.size_bytes
     }
 
+    /// Whether bytes come over a medium with latency.
+    pub fn has_latency(&self) -> bool {
+        self.builds.medium().has_latency()
+    }
+
     /// The totals of its header.
     pub fn mapped_pages(&self) -> u64 {
         self.index.summary().mapped_pages

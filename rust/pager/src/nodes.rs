@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::build::{Builds, Frames, Unreadable};
 use crate::device::Device;
+use crate::given::Given;
 use crate::spec::{BlobsSpec, DeviceSpec};
 use crate::wire::ROOT;
 
@@ -39,6 +40,7 @@ pub struct Node {
     pub size_bytes: u64,
     spec: Mutex<DeviceSpec>,
     device: Mutex<Option<Arc<Device>>>,
+    given: Mutex<Given>,
 }
 
 impl Node {
@@ -74,9 +76,15 @@ impl Node {
         *device = None;
     }
 
-    /// Forgets what was opened: nobody runs on it, or it was found to be damaged.
+    /// Forgets what was opened, and what the kernel was given: nobody runs on it.
     pub fn close(&self) {
         *self.device.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.with_given(|given| *given = Given::default());
+    }
+
+    /// Looks at what the kernel was given of it.
+    pub fn with_given<T>(&self, look: impl FnOnce(&mut Given) -> T) -> T {
+        look(&mut self.given.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -202,6 +210,7 @@ impl Tables {
             size_bytes: text.spec.size_bytes,
             spec: Mutex::new(text.spec),
             device: Mutex::new(None),
+            given: Mutex::default(),
         });
         self.by_number.insert(node.number, node.clone());
         self.by_name.insert(name, node);

@@ -39,12 +39,15 @@ pub struct FileSeen {
     pub reads: HashMap<&'static str, ReadsSeen>,
     /// Reads that had to wait for a blob.
     pub stalls: u64,
+    /// Bytes that the kernel was given before it asked for them.
+    pub stored_bytes: u64,
 }
 
 #[derive(Debug, Default)]
 struct File {
     reads: [Reads; 5],
     stalls: u64,
+    stored_bytes: u64,
 }
 
 /// All that was counted.
@@ -76,6 +79,11 @@ impl Seen {
         self.change(file, |of| of.stalls += 1);
     }
 
+    /// Bytes were given to the kernel ahead.
+    pub fn stored(&self, file: &str, bytes: u64) {
+        self.change(file, |of| of.stored_bytes += bytes);
+    }
+
     /// What was counted of a file.
     pub fn of(&self, file: &str) -> FileSeen {
         let files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,6 +97,7 @@ impl Seen {
         FileSeen {
             reads: reads.collect(),
             stalls: of.stalls,
+            stored_bytes: of.stored_bytes,
         }
     }
 

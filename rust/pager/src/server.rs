@@ -1,7 +1,7 @@
 //! Answers the kernel: a thread for each end of the connection, one for reads that are held.
 
 use std::io::{self, IoSlice};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,7 @@ pub struct Server {
     pub bound: Duration,
     keeps: Arc<dyn Keeps>,
     ended: AtomicBool,
+    reading: AtomicUsize,
 }
 
 impl Server {
@@ -65,6 +66,7 @@ impl Server {
             bound,
             keeps,
             ended: AtomicBool::new(false),
+            reading: AtomicUsize::new(0),
         }
     }
 
@@ -185,7 +187,10 @@ impl Server {
         let Some(node) = self.nodes.get(read.node) else {
             return self.refuse(read.end, read.unique, libc::ESTALE);
         };
-        match self.try_read(&node, &read, parts) {
+        self.reading.fetch_add(1, Ordering::Relaxed);
+        let answered = self.try_read(&node, &read, parts);
+        self.reading.fetch_sub(1, Ordering::Relaxed);
+        match answered {
             Ok(()) => {}
             Err(why) => {
                 eprintln!("{} at {}: {why}", node.name, read.offset);
@@ -211,6 +216,7 @@ impl Server {
         let bytes = parts.iter().map(Part::len).sum::<usize>() as u64;
         self.seen
             .served(&node.name, origin, bytes, read.since.elapsed());
+        node.with_given(|given| given.read(read.offset, bytes));
         parts.clear(); // frames are let go of
         Ok(())
     }
@@ -251,6 +257,11 @@ impl Server {
         self.refuse(read.end, read.unique, libc::EIO);
     }
 
+    /// Whether a read is being answered right now.
+    pub fn is_reading(&self) -> bool {
+        self.reading.load(Ordering::Relaxed) > 0
+    }
+
     fn refuse(&self, end: usize, unique: u64, error: i32) {
         if let Err(failed) = self.fuse.reply(end, unique, -error, &[]) {
             eprintln!("an answer ({error}) was not taken: {failed}");
@@ -275,7 +286,7 @@ fn attributes_of(node: u64, size_bytes: u64) -> Attributes {
 }
 
 /// Parts as the kernel takes them.
-fn slices(parts: &[Part]) -> Vec<IoSlice<'_>> {
+pub(crate) fn slices(parts: &[Part]) -> Vec<IoSlice<'_>> {
     let mut slices = Vec::with_capacity(parts.len() + 1);
     for part in parts {
         match part {

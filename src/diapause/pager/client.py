@@ -122,6 +122,21 @@ class Pager:
         """What the pager knows of a VMM."""
         return self.ask({"seen": {"sandbox": sandbox}})
 
+    def prefetch(self, name: str, trace: Path, budget_bytes: int) -> int:
+        """Begin to bring a file as far as a trace of it says; how many bytes will be."""
+        what = {"name": name, "trace": str(trace), "budget_bytes": budget_bytes}
+        planned: int = self.ask({"prefetch": what})["bytes"]
+        return planned
+
+    def touched(self, sandbox: str, name: str) -> dict[str, Any]:
+        """What a VMM has touched of a file: `pages`, `prefetched_pages`, `used_pages`."""
+        return self.ask({"touched": {"sandbox": sandbox, "name": name}})
+
+    def trace(self, sandbox: str, name: str, prior: Path | None, to: Path) -> None:
+        """What a VMM has touched of a file becomes, with an earlier trace, the trace `to`."""
+        before = str(prior) if prior is not None else None
+        self.ask({"trace": {"sandbox": sandbox, "name": name, "prior": before, "to": str(to)}})
+
     def stop(self) -> None:
         """End both processes; refused while a VMM runs on a file."""
         self.ask({"stop": {}})

@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from diapause.driver.process import Pidfd
 from diapause.errors import DiapauseError, PagerUnavailable
 from diapause.limits import VMM_EXIT_S
 from diapause.pager.client import Pager
+from diapause.sandbox.admit import available_memory
 from diapause.snapshot.served import Served
+from diapause.snapshot.traces import Traces
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +43,7 @@ class Ondemand:
         self._catalog = catalog
         self.pager = Pager(home)
         self.served = Served(home, catalog, templates, leases, self.pager)
+        self.traces = Traces(home, catalog, self.pager)
 
     def wanted(self, asked: Literal["ondemand", "copy"] | None) -> bool:
         """Whether memory is served on demand: what was asked for, else what the daemon was told."""
@@ -54,9 +58,10 @@ class Ondemand:
         names = self.served.files(source, pair.instance)
         record.pager = pair.instance
         self._catalog.put_sandbox(record)
+        self.traces.replay(source, available_memory() // 4)
         return {device: self.pager.path(name) for device, name in names.items()}
 
-    def attach(self, record: SandboxRecord, process: ProcessRef) -> None:
+    def attach(self, record: SandboxRecord, source: SnapshotRecord, process: ProcessRef) -> None:
         """From here on the pager knows whose access it answers; raises PagerUnavailable."""
         devices = ["memory", *(f"disk{i}" for i in range(len(record.disks_bytes)))]
         pidfd = Pidfd(process)
@@ -65,9 +70,11 @@ class Ondemand:
                 raise PagerUnavailable(cause="the VMM has ended")
             files = [f"{record.root}.{device}" for device in devices]
             self.pager.attach(record.id, files, pidfd.fileno())
+        self.traces.begin(record.id, source)
 
     def ended(self, record: SandboxRecord) -> str | None:
         """A VMM is gone: let go of it. Why it was killed, where that was over its memory."""
+        self.traces.drop(record.id)
         if record.pager is None:
             return None
         try:
@@ -107,6 +114,17 @@ class Ondemand:
         except PagerUnavailable as error:
             return {"error": error.message}
 
+    def faults(self, record: SandboxRecord) -> dict[str, int]:
+        """Reads of a sandbox's files that were answered so far, by where their bytes came from.
+
+        Forks that run on the same files share the count.
+        """
+        counts: Counter[str] = Counter()
+        for file in (self.seen(record) or {}).get("files", []):
+            for origin, reads in file["seen"]["reads"].items():
+                counts[origin] += reads["count"]
+        return dict(counts)
+
     def pid(self) -> int | None:
         """The pager's process, where it runs."""
         try:
@@ -117,13 +135,16 @@ class Ondemand:
     def adopt(self) -> None:
         """Take up the files that an earlier daemon left, if there is a pager."""
         try:
+            self.traces.sweep()
             self.pager.pair(start=False)
             self.served.adopt()
-        except DiapauseError as error:
+        except (DiapauseError, OSError) as error:
             log.info("no files of a pager are taken up: %s", error)
 
     def forget(self, snapshots: Iterable[str]) -> None:
-        """Snapshots are gone: so are their files, where a pager has any."""
+        """Snapshots are gone: so are their traces and files, where a pager has any."""
+        snapshots = list(snapshots)
+        self.traces.forget(snapshots)
         try:
             if self.pager.instance() is not None:
                 for snapshot in snapshots:

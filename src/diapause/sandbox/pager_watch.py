@@ -54,6 +54,7 @@ class PagerWatch:
                 continue
             if record.process is None or record.process.pid != guest.machine.process.pid:
                 continue
+            host.ondemand.traces.settle(sandbox, if_due=True)
             if host.ondemand.is_lost(record):
                 log.warning("%s: its pager and the keeper have ended: so does its VMM", sandbox)
                 with contextlib.closing(Pidfd(guest.machine.process)) as vmm:

@@ -37,6 +37,7 @@ class Pause(Capture):
         """End the VMM: the capture is whole. Sessions wait for the resume."""
         self.guest.disarm()
         self.guest.detach()
+        self.host.ondemand.traces.settle(self.sandbox)
         self.machine.kill()
         self.host.ondemand.ended(self.record)
 

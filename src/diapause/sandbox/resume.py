@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diapause.driver.qemu.command import LAYOUT, guest_visible
 from diapause.errors import PagerUnavailable, SnapshotIncompatible, SnapshotLost
@@ -52,6 +53,7 @@ class FromSnapshot(Start):
         super().__init__(host, record, source)
         self.origin = "capture" if source.state == "captured" else "local"
         self.ondemand = host.ondemand.wanted(None)
+        self.faults_before: dict[str, int] = {}
 
     def do_materialize(self) -> None:
         """The files that the process maps and its disks stand on: the pager's, or flat ones."""
@@ -81,8 +83,24 @@ class FromSnapshot(Start):
         """The process; the pager knows whose accesses it answers before the guest runs."""
         super().do_spawn()
         if self.ondemand and self.guest.machine is not None:
-            self.host.ondemand.attach(self.record, self.guest.machine.process)
+            assert self.source is not None
+            self.host.ondemand.attach(self.record, self.source, self.guest.machine.process)
             self.host.pager_watch.begin()
+            self.faults_before = self.host.ondemand.faults(self.record)
+
+    def fetched(self) -> dict[str, Any]:
+        """What the pager did for this guest until now, as an answer says it."""
+        if not self.ondemand or self.source is None:
+            return {}
+        before = Counter(self.faults_before)
+        found: dict[str, Any] = {
+            "faults": dict(Counter(self.host.ondemand.faults(self.record)) - before)
+        }
+        touched = self.host.ondemand.traces.touched(self.sandbox, self.source.id)
+        if touched is not None:
+            found["prefetched_pages"] = touched["prefetched_pages"]
+            found["used_pages"] = touched["used_pages"]
+        return found
 
     def _enter(self) -> None:
         assert self.source is not None

@@ -61,7 +61,7 @@ class Starts(Part):
         return ResumeAnswer(
             sandbox=record.id, warm=True, ready_ms=verb.elapsed_ms, source=verb.origin,
             phases_ms=verb.phases_ms, snapshot=snapshot.id, notes=verb.notes,
-            memory_mode="ondemand" if verb.ondemand else "copy",
+            memory_mode="ondemand" if verb.ondemand else "copy", **verb.fetched(),
         )  # fmt: skip
 
     def _cold(self, record: SandboxRecord) -> ResumeAnswer:

@@ -11,6 +11,7 @@ HOME/                     0700
   captures/ID/            pages of a snapshot that is not packed yet; gone afterwards
   flat/ID/                a snapshot's devices as plain sparse files, until a pager exists
   served/                 what the pager reads of snapshots that are not packed yet
+  traces/                 what guests touched first after a resume: hints for the next one
   sandboxes/ID/           console.log vmm.log, running overlays, capture marks
   templates/              empty overlays, empty memory files: made once, then only read
   tmp/                    whatever is being written; renamed into place when whole
@@ -107,6 +108,10 @@ class Home:
     @property
     def served(self) -> Path:
         return self.root / "served"
+
+    @property
+    def traces(self) -> Path:
+        return self.root / "traces"
 
     @property
     def sandboxes(self) -> Path:
