@@ -248,6 +248,13 @@ def header_difference(
 ) -> HeaderDifference:
     """Compare two headers, verified to their ends; at most `limit` extents are listed."""
 
+def cached_bytes(pid: int, names: list[str]) -> list[int | None]:
+    """Bytes in the page cache of files that a process has open, by the ends of their paths.
+
+    None for one that it has not open. Whoever serves the files is asked nothing. OSError where the
+    process is gone or the kernel can't tell (before Linux 6.5).
+    """
+
 def blake3_file(path: str) -> str:
     """BLAKE3-256 of a file, streamed."""
 

@@ -356,6 +356,14 @@ class OperationAnswer(Answer):
     error: dict[str, Any] | None = None
 
 
+class Stalled(Answer):
+    """A guest that waits for a page: the blob that can't be served, and for how long."""
+
+    blob: str
+    cause: str
+    waited_ms: int
+
+
 class SandboxRow(Answer):
     """A line of `ps`."""
 
@@ -369,6 +377,7 @@ class SandboxRow(Answer):
     created_at: str
     snapshot: str | None
     error: dict[str, Any] | None
+    stalled: Stalled | None = None  # it runs, and an access waits for a blob
 
 
 class VmmInfo(Answer):
@@ -414,6 +423,7 @@ class SandboxDetail(Answer):
     directory: str
     confinement: Confinement | None = None  # of a VMM that runs
     served: dict[str, Any] | None = None  # what the pager counted; None: memory in plain files
+    stalled: Stalled | None = None  # an access of its VMM waits for a blob
     net: str = "none"
     ports: list[PortForward] = []
 

@@ -82,6 +82,36 @@ def test_states_and_bytes_are_those_of_the_moment(home: Home, catalog: Catalog) 
     assert sample(metrics.text().decode(), "diapause_sandboxes", state="paused") == 1
 
 
+def test_the_pager_s_counts_are_prometheus_s(home: Home, catalog: Catalog) -> None:
+    """Its latencies by powers of two as cumulative buckets; what waits right now."""
+    below = [0] * 32
+    below[3], below[11] = 5, 2  # below 8 us, and below 2,048 us
+    local = {"count": 7, "bytes": 7 * 131072, "sum_us": 3000, "below_us": below}
+    none = {"count": 0, "bytes": 0, "sum_us": 0, "below_us": [0] * 32}
+    said = {
+        "totals": {"reads": {"local": local, "zero": none}, "stalls": 3},
+        "stalled": {"feedface": {"blob": "builds/beef", "cause": "gone", "waited_ms": 10}},
+    }
+    text = Metrics(HomeCollector(home, catalog, lambda: 0, lambda: said)).text().decode()
+    name = "diapause_pager_read_seconds"
+    assert sample(text, f"{name}_count", source="local") == 7
+    assert sample(text, f"{name}_sum", source="local") == pytest.approx(0.003)
+    assert sample(text, f"{name}_bucket", source="local", le="4e-06") == 0
+    assert sample(text, f"{name}_bucket", source="local", le="1.6e-05") == 5
+    assert sample(text, f"{name}_bucket", source="local", le="0.004096") == 7
+    assert sample(text, f"{name}_count", source="zero") == 0
+    assert sample(text, "diapause_pager_read_bytes_total", source="local") == 7 * 131072
+    assert sample(text, "diapause_pager_stalls_total") == 3
+    assert sample(text, "diapause_stalled") == 1
+    assert not {"feedface", "beef"} & set(text.replace('"', " ").split())
+
+
+def test_without_a_pager_nothing_waits(home: Home, catalog: Catalog) -> None:
+    text = Metrics(HomeCollector(home, catalog, lambda: 0)).text().decode()
+    for name in ("stalled", "pager_stalls_total", "served_resident_bytes", "served_pending_bytes"):
+        assert sample(text, f"diapause_{name}") == 0
+
+
 def test_no_id_is_a_label(home: Home, catalog: Catalog) -> None:
     metrics = Metrics(HomeCollector(home, catalog, lambda: 0))
     catalog.put_sandbox(row("feedfacefeedface", "running"))

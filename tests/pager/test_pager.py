@@ -139,6 +139,19 @@ def test_who_runs_on_a_file_keeps_it_and_the_two(pager: Pager, record: SnapshotR
     assert file not in pager.names()
 
 
+def test_what_was_counted_stays_when_a_file_goes(pager: Pager, record: SnapshotRecord) -> None:
+    """Also over all files together; nobody waits."""
+    file = f"{record.id}.memory"
+    data = uncached(pager.path(file))
+    said = pager.totals()
+    reads = said["totals"]["reads"]
+    assert sum(of["bytes"] for of in reads.values()) >= len(data)
+    assert all(sum(of["below_us"]) == of["count"] for of in reads.values())
+    pager.remove(file)
+    assert pager.totals() == said
+    assert (said["totals"]["stalls"], said["stalled"]) == (0, {})
+
+
 @pytest.mark.parametrize(
     ("ask", "cause"),
     [

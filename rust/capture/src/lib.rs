@@ -8,6 +8,7 @@
 mod blob;
 pub mod buffer;
 mod builds;
+pub mod cached;
 mod capture_source;
 pub mod check;
 mod clone;

@@ -26,6 +26,9 @@ const CONNECTIONS_MAX: usize = 64;
 const FILES_MAX: usize = 64;
 /// Names in one answer.
 const NAMES_MAX: usize = 256;
+/// Sandboxes that wait, in one answer, and what is said of each.
+const STALLED_MAX: usize = 64;
+const CAUSE_CHARACTERS_MAX: usize = 200;
 const GREETING: Duration = Duration::from_secs(10);
 
 /// What is asked.
@@ -61,6 +64,8 @@ enum Ask {
         prior: Option<PathBuf>,
         to: PathBuf,
     },
+    /// What was counted of all files, and which sandboxes wait.
+    Totals {},
     /// Both processes are to end.
     Stop {},
 }
@@ -144,6 +149,7 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
             prior,
             to,
         } => trace(server, &sandbox, &name, prior.as_deref(), &to)?,
+        Ask::Totals {} => totals(server),
         Ask::Stop {} => stop(service)?,
     };
     Ok((said, Vec::new()))
@@ -339,6 +345,19 @@ fn trace(
 fn found(server: &Server, name: &str) -> Result<Arc<Node>, String> {
     let node = server.nodes.find(name);
     node.ok_or_else(|| format!("there is no file {name}"))
+}
+
+fn totals(server: &Server) -> serde_json::Value {
+    let stalled: serde_json::Map<_, _> = server
+        .stalled()
+        .into_iter()
+        .take(STALLED_MAX)
+        .map(|(sandbox, mut cause)| {
+            cause.cause = cause.cause.chars().take(CAUSE_CHARACTERS_MAX).collect();
+            (sandbox, serde_json::json!(cause))
+        })
+        .collect();
+    serde_json::json!({ "totals": server.seen.totals(), "stalled": stalled })
 }
 
 fn stop(service: &Arc<Service>) -> Result<serde_json::Value, String> {

@@ -1,7 +1,7 @@
 //! What was counted of each file: reads by where they came from, how long they took, stalls.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -16,6 +16,7 @@ const BUCKETS: usize = 32;
 struct Reads {
     count: u64,
     bytes: u64,
+    sum_us: u64,
     latencies: [u64; BUCKETS],
 }
 
@@ -32,6 +33,28 @@ pub struct ReadsSeen {
     pub p99_us: u64,
 }
 
+/// All reads of one origin since this pager began, for whoever adds them up over time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ReadsTotal {
+    /// How many.
+    pub count: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How long they took together.
+    pub sum_us: u64,
+    /// How many took less than 2^n microseconds and not less than half of that, by n.
+    pub below_us: Vec<u64>,
+}
+
+/// What is said of all files together, also of those that are gone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Reads by the slowest place that they touched.
+    pub reads: HashMap<&'static str, ReadsTotal>,
+    /// Reads that had to wait for a blob.
+    pub stalls: u64,
+}
+
 /// What is said of one file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct FileSeen {
@@ -43,7 +66,7 @@ pub struct FileSeen {
     pub stored_bytes: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct File {
     reads: [Reads; 5],
     stalls: u64,
@@ -52,7 +75,14 @@ struct File {
 
 /// All that was counted.
 #[derive(Debug, Default)]
-pub struct Seen(Mutex<HashMap<String, File>>);
+pub struct Seen(Mutex<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    files: HashMap<String, File>,
+    /// What was counted of files that are gone: a total never falls.
+    gone: File,
+}
 
 const ORIGINS: [(Origin, &str); 5] = [
     (Origin::Zero, "zero"),
@@ -69,6 +99,7 @@ impl Seen {
             let reads = &mut of.reads[origin as usize];
             reads.count += 1;
             reads.bytes += bytes;
+            reads.sum_us += took.as_micros() as u64;
             let us = took.as_micros().max(1).ilog2() as usize + 1;
             reads.latencies[us.min(BUCKETS - 1)] += 1;
         });
@@ -86,8 +117,8 @@ impl Seen {
 
     /// What was counted of a file.
     pub fn of(&self, file: &str) -> FileSeen {
-        let files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(of) = files.get(file) else {
+        let counts = self.lock();
+        let Some(of) = counts.files.get(file) else {
             return FileSeen::default();
         };
         let reads = ORIGINS.iter().filter_map(|(origin, name)| {
@@ -101,22 +132,69 @@ impl Seen {
         }
     }
 
+    /// What was counted of all files.
+    pub fn totals(&self) -> Totals {
+        let mut all = File::default();
+        {
+            let counts = self.lock();
+            all.add(&counts.gone);
+            counts.files.values().for_each(|file| all.add(file));
+        }
+        let reads = ORIGINS.iter().map(|(origin, name)| {
+            let reads = &all.reads[*origin as usize];
+            (*name, reads.total())
+        });
+        Totals {
+            reads: reads.collect(),
+            stalls: all.stalls,
+        }
+    }
+
     /// Forgets a file.
     pub fn forget(&self, file: &str) {
-        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        files.remove(file);
+        let mut counts = self.lock();
+        if let Some(of) = counts.files.remove(file) {
+            counts.gone.add(&of);
+        }
     }
 
     fn change(&self, file: &str, change: impl FnOnce(&mut File)) {
-        let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(of) = files.get_mut(file) {
+        let mut counts = self.lock();
+        if let Some(of) = counts.files.get_mut(file) {
             return change(of);
         }
-        change(files.entry(file.to_owned()).or_default());
+        change(counts.files.entry(file.to_owned()).or_default());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl File {
+    fn add(&mut self, other: &Self) {
+        self.stalls += other.stalls;
+        for (ours, theirs) in self.reads.iter_mut().zip(&other.reads) {
+            ours.count += theirs.count;
+            ours.bytes += theirs.bytes;
+            ours.sum_us += theirs.sum_us;
+            for (ours, theirs) in ours.latencies.iter_mut().zip(&theirs.latencies) {
+                *ours += theirs;
+            }
+        }
     }
 }
 
 impl Reads {
+    fn total(&self) -> ReadsTotal {
+        ReadsTotal {
+            count: self.count,
+            bytes: self.bytes,
+            sum_us: self.sum_us,
+            below_us: self.latencies.to_vec(),
+        }
+    }
+
     fn seen(&self) -> ReadsSeen {
         ReadsSeen {
             count: self.count,
@@ -144,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_are_upper_bounds() {
+    fn quantiles_are_upper_bounds_and_totals_never_fall() {
         let seen = Seen::default();
         for us in 1..=1000 {
             seen.served("a", Origin::Local, 4096, Duration::from_micros(us));
@@ -155,7 +233,15 @@ mod tests {
         let local = &of.reads["local"];
         assert_eq!((local.count, local.bytes), (1000, 4096 * 1000));
         assert_eq!((local.p50_us, local.p99_us), (512, 1024));
+        seen.served("b", Origin::Local, 8192, Duration::from_micros(3));
         seen.forget("a");
         assert_eq!(seen.of("a"), FileSeen::default());
+        let totals = seen.totals();
+        assert_eq!((totals.stalls, totals.reads["zero"].count), (1, 0));
+        let local = &totals.reads["local"];
+        assert_eq!((local.count, local.bytes), (1001, 4096 * 1000 + 8192));
+        assert_eq!(local.sum_us, 500_500 + 3);
+        assert_eq!(local.below_us.iter().sum::<u64>(), 1001);
+        assert_eq!(local.below_us[2], 3, "2, 3 and 3 us");
     }
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::build::Unreadable;
-use crate::clients::{is_dying, Cause, Clients};
+use crate::clients::{is_dying, Cause, Client, Clients};
 use crate::device::Part;
 use crate::fuse::{Buffer, Fuse};
-use crate::held::{Held, HeldRead};
+use crate::held::{Held, HeldRead, AGAIN};
 use crate::nodes::{Node, Nodes, Open};
 use crate::seen::Seen;
 use crate::wire::{self, Attributes, Call, Init, Request, ROOT};
@@ -86,10 +86,42 @@ impl Server {
         let thread = std::thread::Builder::new().name("held".to_owned());
         thread.stack_size(256 << 10).spawn(move || loop {
             for read in server.held.take() {
+                let (end, unique) = (read.end, read.unique);
                 server.again(read);
+                server.held.tried(end, unique);
             }
         })?;
+        let server = self.clone();
+        let thread = std::thread::Builder::new().name("bound".to_owned());
+        thread
+            .stack_size(256 << 10)
+            .spawn(move || server.watch_bound())?;
         Ok(())
+    }
+
+    /// Kills at the bound, also while a try is under way that takes its time; the read itself
+    /// fails when that has ended.
+    fn watch_bound(&self) {
+        loop {
+            self.held.wait_for_some();
+            std::thread::sleep(AGAIN);
+            for read in self.held.since(self.bound) {
+                self.end_waiting(&read);
+            }
+        }
+    }
+
+    /// The sandboxes that wait for a blob right now: each one's first access that does.
+    pub fn stalled(&self) -> Vec<(String, Cause)> {
+        let mut found: Vec<(String, Cause)> = Vec::new();
+        for read in self.held.since(Duration::ZERO) {
+            for client in self.waiting(&read) {
+                if found.iter().all(|(sandbox, _)| *sandbox != client.sandbox) {
+                    found.push((client.sandbox.clone(), cause_of(&read)));
+                }
+            }
+        }
+        found
     }
 
     fn serve(&self, end: usize) {
@@ -196,10 +228,18 @@ impl Server {
                 eprintln!("{} at {}: {why}", node.name, read.offset);
                 self.seen.stalled(&node.name);
                 read.why = why;
-                if let Some(one) = self.held.add(read) {
-                    self.give_up(&one);
-                }
+                self.hold(read);
             }
+        }
+    }
+
+    /// Holds a read that can't be answered now, or gives it up where the bound has come: a slow
+    /// medium takes its time to fail.
+    fn hold(&self, read: HeldRead) {
+        if read.since.elapsed() >= self.bound {
+            self.give_up(&read);
+        } else if let Some(one) = self.held.add(read) {
+            self.give_up(&one);
         }
     }
 
@@ -231,30 +271,30 @@ impl Server {
             Err(_) if is_dying(read.pid) => self.refuse(read.end, read.unique, libc::EIO),
             Err(why) => {
                 read.why = why;
-                if read.since.elapsed() >= self.bound {
-                    self.give_up(&read);
-                } else if let Some(one) = self.held.add(read) {
-                    self.give_up(&one);
-                }
+                self.hold(read);
             }
         }
     }
 
     /// The bound has come: whoever waits is killed, and only then the read fails.
     fn give_up(&self, read: &HeldRead) {
-        let cause = Cause {
-            blob: read.why.blob.clone(),
-            cause: read.why.cause.clone(),
-            waited_ms: read.since.elapsed().as_millis() as u64,
-        };
-        let name = self.nodes.get(read.node).map(|node| node.name.clone());
-        for client in self.clients.waiting(read.pid, &name.unwrap_or_default()) {
-            if client.kill(&cause) {
+        self.end_waiting(read);
+        self.refuse(read.end, read.unique, libc::EIO);
+    }
+
+    fn end_waiting(&self, read: &HeldRead) {
+        for client in self.waiting(read) {
+            if client.kill(&cause_of(read)) {
                 eprintln!("{}: killed, since {}", client.sandbox, read.why);
                 self.keeps.killed(&client.sandbox);
             }
         }
-        self.refuse(read.end, read.unique, libc::EIO);
+    }
+
+    /// Whose access a read is.
+    fn waiting(&self, read: &HeldRead) -> Vec<Arc<Client>> {
+        let name = self.nodes.get(read.node).map(|node| node.name.clone());
+        self.clients.waiting(read.pid, &name.unwrap_or_default())
     }
 
     /// Whether a read is being answered right now.
@@ -273,6 +313,15 @@ impl Server {
             eprintln!("an answer was not taken: {failed}");
             self.refuse(end, unique, libc::EIO);
         }
+    }
+}
+
+/// Why a read is not answered, and for how long.
+fn cause_of(read: &HeldRead) -> Cause {
+    Cause {
+        blob: read.why.blob.clone(),
+        cause: read.why.cause.clone(),
+        waited_ms: read.since.elapsed().as_millis() as u64,
     }
 }
 

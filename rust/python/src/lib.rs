@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod archive;
+mod cached;
 mod capture_file;
 mod check;
 mod errors;
@@ -21,6 +22,7 @@ fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("PAGE_SIZE", 4096)?;
     module.add("FRAME_PAGES", 16)?;
     archive::register(module)?;
+    cached::register(module)?;
     capture_file::register(module)?;
     check::register(module)?;
     freeze::register(module)?;

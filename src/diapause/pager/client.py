@@ -137,6 +137,10 @@ class Pager:
         before = str(prior) if prior is not None else None
         self.ask({"trace": {"sandbox": sandbox, "name": name, "prior": before, "to": str(to)}})
 
+    def totals(self) -> dict[str, Any]:
+        """What it counted of all files since it began, and which sandboxes wait for a blob."""
+        return self.ask({"totals": {}})
+
     def stop(self) -> None:
         """End both processes; refused while a VMM runs on a file."""
         self.ask({"stop": {}})

@@ -142,11 +142,12 @@ class Engine:
 
     def sandboxes(self, everything: bool) -> list[SandboxRow]:
         """The sandboxes that can still run, or everything."""
-        return [
-            views.sandbox_row(record)
+        records = [
+            record
             for record in self._catalog.sandboxes()
             if everything or record.state not in ("stopped", "failed", "removing")
         ]
+        return views.sandbox_rows(self._host, records)
 
     def inspect(self, reference: str) -> SandboxDetail:
         """One sandbox."""

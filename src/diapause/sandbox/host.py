@@ -94,7 +94,9 @@ class Host:
         self.pager_watch = PagerWatch(self)
         # What is done about a verb that could not be put back; recovery says it, which knows verbs.
         self.settle_later: Callable[[str], object] = lambda sandbox: None
-        self.metrics = Metrics(HomeCollector(home, self.catalog, self.packing))
+        self.metrics = Metrics(
+            HomeCollector(home, self.catalog, self.packing, self.ondemand.totals)
+        )
 
     def event(self, kind: EventKind, sandbox: str | None = None, **detail: Any) -> None:
         """Note what no row tells; whoever does so goes on whatever becomes of the note."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter as Tally
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -19,6 +19,8 @@ from prometheus_client.exposition import generate_latest
 
 from diapause import __version__
 from diapause.model import SandboxState, SnapshotState
+from diapause.sandbox import residence
+from diapause.sandbox.pager_metrics import pager_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -82,8 +84,15 @@ class Metrics:
 class HomeCollector:
     """What the catalog and the files say at the moment of a scrape."""
 
-    def __init__(self, home: Home, catalog: Catalog, packing: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        home: Home,
+        catalog: Catalog,
+        packing: Callable[[], int],
+        served: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self._home, self._catalog, self._packing = home, catalog, packing
+        self._served = served  # what the pager counted; empty where there is none
         self._guard = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._sized_at = -_SIZE_FOR_S
@@ -113,6 +122,7 @@ class HomeCollector:
         for name, count in sorted(self._home_bytes().items()):
             size.add_metric([name], count)
         yield size
+        yield from pager_metrics(self._served(), residence.totals(self._catalog.sandboxes()))
         free = GaugeMetricFamily("diapause_home_free_bytes", "What its file system has left")
         free.add_metric([], self._home.free_bytes())
         yield free

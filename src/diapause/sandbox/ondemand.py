@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from diapause.driver.process import Pidfd
 from diapause.errors import DiapauseError, PagerUnavailable
 from diapause.limits import VMM_EXIT_S
+from diapause.model import Stalled
 from diapause.pager.client import Pager
+from diapause.sandbox import residence
 from diapause.sandbox.admit import available_memory
 from diapause.snapshot.served import Served
 from diapause.snapshot.traces import Traces
@@ -107,6 +109,12 @@ class Ondemand:
 
     def seen(self, record: SandboxRecord) -> dict[str, Any] | None:
         """What the pager counted of a sandbox, where it serves it and answers."""
+        found = self._counted(record)
+        if found is not None and "files" in found and record.process is not None:
+            residence.measure(record.process.pid, found)
+        return found
+
+    def _counted(self, record: SandboxRecord) -> dict[str, Any] | None:
         if record.pager is None:
             return None
         try:
@@ -114,13 +122,28 @@ class Ondemand:
         except PagerUnavailable as error:
             return {"error": error.message}
 
+    def stalled(self) -> dict[str, Stalled]:
+        """The sandboxes that wait for a blob right now."""
+        return {
+            sandbox: Stalled(blob=why["blob"], cause=why["cause"], waited_ms=why["waited_ms"])
+            for sandbox, why in self.totals().get("stalled", {}).items()
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """What the pager counted of all files; nothing where it does not run or answer."""
+        try:
+            return self.pager.totals() if self.pager.instance() is not None else {}
+        except PagerUnavailable as error:
+            log.info("what the pager counted is not known: %s", error)
+            return {}
+
     def faults(self, record: SandboxRecord) -> dict[str, int]:
         """Reads of a sandbox's files that were answered so far, by where their bytes came from.
 
         Forks that run on the same files share the count.
         """
         counts: Counter[str] = Counter()
-        for file in (self.seen(record) or {}).get("files", []):
+        for file in (self._counted(record) or {}).get("files", []):
             for origin, reads in file["seen"]["reads"].items():
                 counts[origin] += reads["count"]
         return dict(counts)

@@ -15,6 +15,7 @@ from diapause.driver.process import Pidfd
 from diapause.sandbox.rescue import REFUSALS
 
 if TYPE_CHECKING:
+    from diapause.model import Stalled
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.ondemand")
@@ -28,6 +29,7 @@ class PagerWatch:
         self._host = host
         self._guard = threading.Lock()
         self._running = False
+        self._stalled: set[str] = set()  # those that were seen to wait at the last look
 
     def begin(self) -> None:
         """Watch from now on; where it is watched already nothing changes."""
@@ -47,7 +49,7 @@ class PagerWatch:
 
     def _look(self) -> None:
         """A VMM that is killed here is settled by whoever watches its end."""
-        host = self._host
+        host, served = self._host, False
         for sandbox, guest in list(host.guests.items()):
             record = host.catalog.sandbox(sandbox)
             if record is None or record.pager is None or guest.machine is None:
@@ -55,7 +57,17 @@ class PagerWatch:
             if record.process is None or record.process.pid != guest.machine.process.pid:
                 continue
             host.ondemand.traces.settle(sandbox, if_due=True)
+            served = True
             if host.ondemand.is_lost(record):
                 log.warning("%s: its pager and the keeper have ended: so does its VMM", sandbox)
                 with contextlib.closing(Pidfd(guest.machine.process)) as vmm:
                     vmm.kill()  # and nothing else: whoever watches it sees its end as any other
+        self._tell(host.ondemand.stalled() if served else {})
+
+    def _tell(self, stalled: dict[str, Stalled]) -> None:
+        """An event for each guest that waits for a blob since this look."""
+        for sandbox in stalled.keys() - self._stalled:
+            why = stalled[sandbox]
+            log.warning("%s waits: %s can't be served: %s", sandbox, why.blob, why.cause)
+            self._host.event("stalled", sandbox, reason=f"{why.blob}: {why.cause}")
+        self._stalled = set(stalled)

@@ -15,6 +15,7 @@ from diapause.model import (
     SandboxState,
     SnapshotDetail,
     SnapshotState,
+    Stalled,
     VmmInfo,
 )
 from diapause.sandbox.confinement import confinement_of
@@ -27,18 +28,27 @@ if TYPE_CHECKING:
     from diapause.sandbox.host import Host
 
 
-def sandbox_row(record: SandboxRecord) -> SandboxRow:
-    """A line of `ps`."""
+def sandbox_rows(host: Host, records: list[SandboxRecord]) -> list[SandboxRow]:
+    """The lines of `ps`."""
+    served = any(record.pager is not None for record in records)
+    stalled = host.ondemand.stalled() if served else {}
+    return [_sandbox_row(record, stalled.get(record.id)) for record in records]
+
+
+def _sandbox_row(record: SandboxRecord, stalled: Stalled | None) -> SandboxRow:
     return SandboxRow(
         sandbox=record.id, name=record.name, state=cast("SandboxState", record.state),
         image=record.image, memory_bytes=record.memory_bytes, cpus=record.cpus,
         disk_bytes=sum(record.disks_bytes), created_at=record.created_at,
-        snapshot=record.snapshot, error=record.error,
+        snapshot=record.snapshot, error=record.error, stalled=stalled,
     )  # fmt: skip
 
 
 def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
     """`inspect` of a sandbox."""
+    served, stalled = host.ondemand.seen(record), None
+    if record.pager is not None:
+        stalled = host.ondemand.stalled().get(record.id)
     vmm = None
     if record.process is not None and record.identity is not None:
         identity = record.identity
@@ -52,7 +62,7 @@ def sandbox_detail(host: Host, record: SandboxRecord) -> SandboxDetail:
         tracker=record.tracker, hostname=record.hostname, net=record.net, ports=record.ports,
         doing=_doing(host.catalog, record.id),
         directory=str(host.home.sandbox(record.id)), confinement=confinement_of(record),
-        served=host.ondemand.seen(record),
+        served=served, stalled=stalled,
     )  # fmt: skip
 
 
