@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diapause.daemon.client import Client
+from diapause.daemon.start import DaemonCommand, daemon_command
 from diapause.driver.process import process_ref
 from diapause.errors import PagerUnavailable
 from diapause.model import (
@@ -40,12 +41,12 @@ DIRTY_BLOCKS = 95
 class Bench:
     """One home for a run of benchmarks; everything in it is gone afterwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: DaemonCommand = daemon_command) -> None:
         # On a disk, as a real home is: /tmp may be a tmpfs.
         base = os.environ.get("DIAPAUSE_BENCH_DIR") or tempfile.gettempdir()
         self.root = Path(tempfile.mkdtemp(prefix="diapause-bench-", dir=base))
         self.home = Home.at(self.root / "h")
-        self.client = Client(self.home)
+        self.client = Client(self.home, command)
         self.client.build_image(ImageBuildRequest(name="tiny"))
 
     def close(self) -> None:

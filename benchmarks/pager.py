@@ -54,8 +54,8 @@ def _faults() -> list[Row]:
     with tempfile.TemporaryDirectory() as place:
         loop = Path(place) / "uffd_loop"
         source = ROOT / "benchmarks" / "peers" / "uffd_loop.c"
-        _run("cc", "-O2", "-o", str(loop), str(source))
-        ours = _example("uffd_speed")
+        run("cc", "-O2", "-o", str(loop), str(source))
+        ours = example("uffd_speed")
         small = [_pair(ours, loop, 4 * KIB, 64 * MIB) for _ in range(PAIRS)]
         large = [_pair(ours, loop, 64 * KIB, 256 * MIB) for _ in range(PAIRS)]
     p50 = [
@@ -79,19 +79,19 @@ def _pair(ours: Path, loop: Path, fault: int, size: int) -> tuple[dict[str, floa
 
 def _touches(program: Path, fault: int, size: int) -> dict[str, float]:
     """The line about the touches; another may be about memory."""
-    lines = map(json.loads, _run(str(program), str(fault), str(size)).splitlines())
+    lines = map(json.loads, run(str(program), str(fault), str(size)).splitlines())
     found: dict[str, float] = next(line for line in lines if "p50_us" in line)
     return found
 
 
-def _example(name: str) -> Path:
+def example(name: str) -> Path:
     """A program of the pager's crate, built as the product is."""
     cargo = shutil.which("cargo") or str(Path.home() / ".cargo/bin/cargo")
-    _run(cargo, "build", "--release", "--locked", "-q", "-p", "diapause-pager", "--example", name)
+    run(cargo, "build", "--release", "--locked", "-q", "-p", "diapause-pager", "--example", name)
     return ROOT / "target" / "release" / "examples" / name
 
 
-def _run(*command: str) -> str:
+def run(*command: str) -> str:
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=BOUND_S, cwd=ROOT
     )

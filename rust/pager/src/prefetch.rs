@@ -5,7 +5,7 @@
 //! one with latency it leaves most of the requests to them. It is a hint to the end: what can't be
 //! read is left to the read that will be held for it.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -17,14 +17,33 @@ use crate::server::{slices, Server};
 use crate::trace::{Trace, GRANULE};
 use crate::workers::Workers;
 
-/// Bytes that are stored at once.
-const PIECE: u64 = 1 << 20;
-/// Granules of a trace that are sorted by their place before they are read: their order among
-/// themselves matters less than reads that are whole.
-const SORTED: usize = 64;
-/// Pieces that are under way at once, of all files, and of one file whose medium has latency.
+/// How a medium is read ahead of guests.
+struct Pace {
+    /// Bytes that are read at once.
+    piece: u64,
+    /// Granules of a trace that are sorted by their place before they are read: their order among
+    /// themselves matters less than reads that are whole.
+    sorted: usize,
+    /// Pieces of one file that are under way at once.
+    at_once: usize,
+}
+
+const LOCAL: Pace = Pace {
+    piece: 1 << 20,
+    sorted: 64,
+    at_once: 1,
+};
+/// A piece is what one request brings, and some requests are left to reads of guests.
+const REMOTE: Pace = Pace {
+    piece: 4 << 20,
+    sorted: 512,
+    at_once: 6,
+};
+/// Bytes and slices that are stored at once: the kernel takes 1,024 slices.
+const STORED_BYTES: usize = 1 << 20;
+const STORED_SLICES: usize = 512;
+/// Pieces that are under way at once, of all files.
 const AT_ONCE: usize = 8;
-const REMOTE_AT_ONCE: usize = 4;
 /// How long a piece waits for reads of guests at most.
 const YIELD: Duration = Duration::from_millis(5);
 const YIELD_STEP: Duration = Duration::from_micros(100);
@@ -52,12 +71,12 @@ pub fn begin(
 ) -> io::Result<u64> {
     let trace = Trace::read(trace, node.size_bytes)?;
     let device = node.device(&server.open).map_err(io::Error::other)?;
-    let pieces = plan(node, &trace, budget_bytes);
-    let bytes = pieces.iter().map(|(_, length)| length).sum();
-    let at_once = match device.has_latency() {
-        true => REMOTE_AT_ONCE,
-        false => 1,
+    let pace = match device.has_latency() {
+        true => REMOTE,
+        false => LOCAL,
     };
+    let pieces = plan(node, &trace, budget_bytes, &pace);
+    let bytes = pieces.iter().map(|(_, length)| length).sum();
     let job = Arc::new(Job {
         server: server.clone(),
         node: node.clone(),
@@ -65,7 +84,7 @@ pub fn begin(
         pieces,
         next: AtomicUsize::new(0),
     });
-    for _ in 0..at_once.min(job.pieces.len()) {
+    for _ in 0..pace.at_once.min(job.pieces.len()) {
         let job = job.clone();
         WORKERS.run(Box::new(move || job.run()));
     }
@@ -73,7 +92,7 @@ pub fn begin(
 }
 
 /// What is to be brought, as bytes of the file, in order; nobody else brings it from now on.
-fn plan(node: &Node, trace: &Trace, budget_bytes: u64) -> Vec<(u64, u64)> {
+fn plan(node: &Node, trace: &Trace, budget_bytes: u64, pace: &Pace) -> Vec<(u64, u64)> {
     let most = usize::try_from(budget_bytes / GRANULE).unwrap_or(usize::MAX);
     let mut wanted: Vec<u32> = node.with_given(|given| {
         let numbers = trace.granules.iter().map(|one| one.number);
@@ -83,13 +102,13 @@ fn plan(node: &Node, trace: &Trace, budget_bytes: u64) -> Vec<(u64, u64)> {
             .collect()
     });
     let mut pieces: Vec<(u64, u64)> = Vec::new();
-    for some in wanted.chunks_mut(SORTED) {
+    for some in wanted.chunks_mut(pace.sorted) {
         some.sort_unstable();
         for number in some {
             let start = u64::from(*number) * GRANULE;
             let length = GRANULE.min(node.size_bytes - start);
             match pieces.last_mut() {
-                Some((first, so_far)) if *first + *so_far == start && *so_far < PIECE => {
+                Some((first, so_far)) if *first + *so_far == start && *so_far < pace.piece => {
                     *so_far += length;
                 }
                 _ => pieces.push((start, length)),
@@ -131,9 +150,96 @@ impl Job {
         let mut parts = Vec::new();
         let read = self.device.read(offset, length as usize, &mut parts);
         read.map_err(io::Error::other)?;
-        let fuse = &self.server.fuse;
-        fuse.store(self.node.number, offset, &slices(&parts))?;
-        self.server.seen.stored(&self.node.name, length);
+        let slices = slices(&parts);
+        let (mut rest, mut at) = (&slices[..], offset);
+        while !rest.is_empty() {
+            let (some, bytes) = head_of(rest);
+            self.server
+                .fuse
+                .store(self.node.number, at, &rest[..some])?;
+            (rest, at) = (&rest[some..], at + bytes);
+            self.server.seen.stored(&self.node.name, bytes);
+        }
         Ok(())
+    }
+}
+
+/// How many of the first slices are stored at once, and their bytes.
+fn head_of(slices: &[IoSlice]) -> (usize, u64) {
+    let (mut count, mut bytes) = (0, 0);
+    while count < slices.len().min(STORED_SLICES) && bytes < STORED_BYTES {
+        bytes += slices[count].len();
+        count += 1;
+    }
+    (count, bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nodes::Nodes;
+    use crate::spec::{BlobsSpec, DeviceSpec};
+
+    const PACE: Pace = Pace {
+        piece: 2 * GRANULE,
+        sorted: 4,
+        at_once: 1,
+    };
+
+    fn node(size_bytes: u64) -> Arc<Node> {
+        let nodes = Nodes::take_up(std::iter::empty(), 0);
+        let spec = DeviceSpec {
+            size_bytes,
+            header: "nowhere".into(),
+            header_digest: "0".repeat(64),
+            blobs: BlobsSpec::directory("/nowhere"),
+            captures: Vec::new(),
+        };
+        nodes.put("a", nodes.plan("a", &spec).unwrap());
+        nodes.find("a").unwrap()
+    }
+
+    fn planned(node: &Node, wanted: &[u32], budget: u64) -> Vec<(u64, u64)> {
+        let trace = Trace::empty(node.size_bytes).with(wanted, &{
+            let mut all = wanted.to_vec();
+            all.sort_unstable();
+            all
+        });
+        let pieces = plan(node, &trace, budget * GRANULE, &PACE);
+        let granules = |bytes: u64| bytes / GRANULE;
+        let of = |(at, length): &(u64, u64)| (granules(*at), granules(*length));
+        pieces.iter().map(of).collect()
+    }
+
+    #[test]
+    fn neighbours_are_read_as_one_up_to_a_piece_and_groups_keep_their_order() {
+        let node = node(100 * GRANULE);
+        let found = planned(&node, &[9, 8, 7, 1, 30, 2, 29], 99);
+        assert_eq!(found, [(1, 1), (7, 2), (9, 1), (2, 1), (29, 2)]);
+        assert_eq!(planned(&node, &[9, 50], 99), [(50, 1)]);
+    }
+
+    #[test]
+    fn the_budget_is_taken_from_the_front() {
+        let node = node(100 * GRANULE);
+        assert_eq!(planned(&node, &[9, 3, 5], 2), [(3, 1), (9, 1)]);
+        assert_eq!(planned(&node, &[9, 3, 5], 2), [(5, 1)]);
+    }
+
+    #[test]
+    fn the_last_granule_of_a_file_may_be_short() {
+        let node = node(3 * GRANULE - 4096);
+        let trace = Trace::empty(node.size_bytes).with(&[], &[2]);
+        let pieces = plan(&node, &trace, GRANULE, &PACE);
+        assert_eq!(pieces, [(2 * GRANULE, GRANULE - 4096)]);
+    }
+
+    #[test]
+    fn no_more_is_stored_at_once_than_the_kernel_takes() {
+        let (small, large) = ([0; 8], vec![0; STORED_BYTES]);
+        let many: Vec<IoSlice> = (0..2000).map(|_| IoSlice::new(&small)).collect();
+        assert_eq!(head_of(&many), (STORED_SLICES, STORED_SLICES as u64 * 8));
+        let few = [IoSlice::new(&large), IoSlice::new(&small)];
+        assert_eq!(head_of(&few), (1, STORED_BYTES as u64));
     }
 }
