@@ -78,6 +78,7 @@ PAGER_S = 20.0  # an answer of the pager, which may be started again meanwhile
 RECORD_S = 10.0  # how long after its resume what a guest touches is recorded
 PREFETCH_BYTES_MAX = 256 * MIB  # what one resume may have brought ahead
 PAGER_STALL_S = 10.0  # what an access waits for a blob before its VMM is killed
+PAGER_SILENT_S = 30.0  # a pager that says nothing to its keeper for so long is replaced
 LEAF_REMOVAL_S = 1.0  # of a cgroup whose processes are on their way out
 AGENT_BOOT_S = 120.0
 AGENT_READY_S = 30.0

@@ -52,6 +52,9 @@ struct Orders {
     threads: u64,
     #[serde(default)]
     seconds: f64,
+    /// Whether it connects when it is told to only.
+    #[serde(default)]
+    waits: bool,
     /// `stress`, `script`, or what is to be wrong.
     mode: String,
 }
@@ -194,6 +197,9 @@ fn client(orders: &Orders) {
     }
     let mut said = memory.regions.clone();
     spoil(&orders.mode, &mut said);
+    if orders.waits {
+        io::stdin().lock().read_line(&mut String::new()).unwrap();
+    }
     let stream = UnixStream::connect(&orders.socket).unwrap();
     hand_in(
         &stream,

@@ -6,14 +6,12 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::kept::{has_ended, kill};
+use crate::process::Process;
 
 /// Why a VMM was killed: part of what `inspect` says of its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +34,9 @@ pub struct ClientText {
     pub files: Vec<String>,
     /// Why it was killed.
     pub killed: Option<Cause>,
+    /// Whether it hands in its memory, and has no file of ours open.
+    #[serde(default)]
+    pub handed: bool,
 }
 
 /// One VMM.
@@ -44,12 +45,12 @@ pub struct Client {
     /// Its sandbox.
     pub sandbox: String,
     text: Mutex<ClientText>,
-    process: OwnedFd,
+    process: Process,
 }
 
 impl Client {
     /// A VMM by the handle of its process.
-    pub fn new(sandbox: &str, text: ClientText, process: OwnedFd) -> Self {
+    pub fn new(sandbox: &str, text: ClientText, process: Process) -> Self {
         Self {
             sandbox: sandbox.to_owned(),
             text: Mutex::new(text),
@@ -63,13 +64,18 @@ impl Client {
     }
 
     /// The handle of its process.
-    pub fn process(&self) -> &OwnedFd {
+    pub fn process(&self) -> &Process {
         &self.process
     }
 
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
-        has_ended(self.process.as_fd(), Duration::ZERO)
+        self.process.ended(Duration::ZERO)
+    }
+
+    /// Says why it is being killed; the first cause stays.
+    pub fn note(&self, cause: &Cause) {
+        self.lock().killed.get_or_insert_with(|| cause.clone());
     }
 
     /// Kills it; the first cause stays. Whether it was the first.
@@ -82,7 +88,7 @@ impl Client {
             }
             first
         };
-        kill(self.process.as_fd());
+        self.process.kill();
         first
     }
 
@@ -165,23 +171,9 @@ pub fn is_dying(pid: u32) -> bool {
         }
 }
 
-/// The process of a handle, as this process sees it.
-///
-/// # Errors
-/// The handle is none, or the process is gone.
-pub fn pid_of(process: &OwnedFd) -> io::Result<i32> {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()))?;
-    let line = info.lines().find_map(|line| line.strip_prefix("Pid:"));
-    match line.and_then(|pid| pid.trim().parse().ok()) {
-        Some(pid) if pid > 0 => Ok(pid),
-        _ => Err(io::ErrorKind::NotFound.into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kept::pidfd;
     use std::process::{Child, Command};
 
     fn sleeper(clients: &Clients, sandbox: &str, file: &str) -> (Child, Arc<Client>) {
@@ -190,9 +182,9 @@ mod tests {
             pid: child.id() as i32,
             files: vec![file.to_owned()],
             killed: None,
+            handed: false,
         };
-        let handle = pidfd(text.pid).unwrap();
-        assert_eq!(pid_of(&handle).unwrap(), text.pid);
+        let handle = Process::open(text.pid).unwrap();
         (child, clients.add(Client::new(sandbox, text, handle)))
     }
 

@@ -10,10 +10,11 @@ use std::time::Duration;
 use nix::sys::socket::{accept4, SockFlag};
 use serde::{Deserialize, Serialize};
 
-use crate::clients::{pid_of, Client, ClientText};
+use crate::clients::{Client, ClientText};
 use crate::nodes::Node;
 use crate::packet::{self, Packet};
 use crate::prefetch;
+use crate::process::Process;
 use crate::server::Server;
 use crate::service::Service;
 use crate::spec::DeviceSpec;
@@ -29,6 +30,10 @@ const NAMES_MAX: usize = 256;
 /// Sandboxes that wait, in one answer, and what is said of each.
 const STALLED_MAX: usize = 64;
 const CAUSE_CHARACTERS_MAX: usize = 200;
+/// Sandboxes in one answer.
+const SANDBOXES_MAX: usize = 128;
+/// Bytes of a sandbox's name.
+const SANDBOX_BYTES_MAX: usize = 128;
 const GREETING: Duration = Duration::from_secs(10);
 
 /// What is asked.
@@ -45,6 +50,11 @@ enum Ask {
     Names { after: String },
     /// A VMM runs on files; a handle of its process comes with it.
     Attach { sandbox: String, files: Vec<String> },
+    /// A VMM will hand in its memory, which is a file's; a handle of its process and the socket
+    /// that it connects to come with it.
+    Listen { sandbox: String, file: String },
+    /// Sandboxes that have a VMM here behind `after`, in order.
+    Sandboxes { after: String },
     /// A VMM has ended, or never ran.
     Detach { sandbox: String },
     /// What is known of a sandbox.
@@ -135,8 +145,10 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
         Ask::Remove { name } => remove(service, &name)?,
         Ask::Names { after } => names(server, &after),
         Ask::Attach { sandbox, files } => attach(service, &sandbox, files, packet.fds)?,
+        Ask::Listen { sandbox, file } => listen_for(service, &sandbox, file, packet.fds)?,
+        Ask::Sandboxes { after } => sandboxes(service, &after),
         Ask::Detach { sandbox } => detach(service, &sandbox)?,
-        Ask::Seen { sandbox } => seen(server, &sandbox)?,
+        Ask::Seen { sandbox } => seen(service, &sandbox)?,
         Ask::Prefetch {
             name,
             trace,
@@ -224,37 +236,86 @@ fn attach(
     let [process]: [OwnedFd; 1] = fds
         .try_into()
         .map_err(|_| "one handle of a process has to come with this")?;
-    let pid = pid_of(&process).map_err(|_| "the process is gone, or this is no handle of one")?;
+    keep_client(service, sandbox, files, process, false)?;
+    Ok(serde_json::json!({}))
+}
+
+fn listen_for(
+    service: &Service,
+    sandbox: &str,
+    file: String,
+    fds: Vec<OwnedFd>,
+) -> Result<serde_json::Value, String> {
+    let _turn = service.turn();
+    let [process, listener]: [OwnedFd; 2] = fds
+        .try_into()
+        .map_err(|_| "a handle of a process and a socket have to come with this")?;
+    keep_client(service, sandbox, vec![file.clone()], process, true)?;
+    service.handed.listen(sandbox, &file, listener)?;
+    Ok(serde_json::json!({}))
+}
+
+/// From here on it is known whose accesses are answered.
+fn keep_client(
+    service: &Service,
+    sandbox: &str,
+    files: Vec<String>,
+    process: OwnedFd,
+    handed: bool,
+) -> Result<(), String> {
+    let process = Process::from(process);
+    let gone = "the process is gone, or this is no handle of one";
+    let pid = process.pid().map_err(|_| gone)?;
+    if sandbox.is_empty() || sandbox.len() > SANDBOX_BYTES_MAX {
+        return Err(format!("{sandbox:?} is no name"));
+    }
     if files.len() > FILES_MAX {
         return Err(format!("a VMM runs on {FILES_MAX} files at most"));
     }
-    if let Some(missing) = files
-        .iter()
-        .find(|file| service.server.nodes.find(file).is_none())
-    {
+    let nodes = &service.server.nodes;
+    if let Some(missing) = files.iter().find(|file| nodes.find(file).is_none()) {
         return Err(format!("there is no file {missing}"));
+    }
+    let clients = &service.server.clients;
+    let other = clients.get(sandbox).filter(|client| !client.has_ended());
+    if other.is_some_and(|client| client.text().handed && client.text().pid != pid) {
+        return Err(format!("{sandbox} runs"));
     }
     let text = ClientText {
         pid,
         files,
         killed: None,
+        handed,
     };
     let ours = process.try_clone().map_err(|error| error.to_string())?;
     let key = format!("client/{sandbox}");
     service
         .keep
-        .put(&key, &text, Some(vec![ours]))
+        .put(&key, &text, Some(vec![ours.into()]))
         .map_err(|error| error.to_string())?;
-    service
-        .server
-        .clients
-        .add(Client::new(sandbox, text, process));
-    Ok(serde_json::json!({}))
+    clients.add(Client::new(sandbox, text, process));
+    Ok(())
+}
+
+/// A few words of each, as many as have room.
+fn sandboxes(service: &Service, after: &str) -> serde_json::Value {
+    let mut all = service.server.clients.all();
+    all.sort_unstable_by(|one, other| one.sandbox.cmp(&other.sandbox));
+    let from = all.partition_point(|client| client.sandbox.as_str() <= after);
+    let some = all[from..].iter().take(SANDBOXES_MAX).map(|client| {
+        let text = client.text();
+        serde_json::json!({
+            "sandbox": client.sandbox, "pid": text.pid, "ended": client.has_ended(),
+            "files": text.files.len(), "killed": text.killed.is_some(), "handed": text.handed,
+        })
+    });
+    serde_json::json!({ "sandboxes": some.collect::<Vec<_>>() })
 }
 
 fn detach(service: &Service, sandbox: &str) -> Result<serde_json::Value, String> {
     let _turn = service.turn();
     let client = service.server.clients.get(sandbox);
+    service.handed.leave(sandbox)?;
     let killed = client.as_ref().and_then(|client| client.text().killed);
     service
         .keep
@@ -267,7 +328,8 @@ fn detach(service: &Service, sandbox: &str) -> Result<serde_json::Value, String>
     Ok(serde_json::json!({ "killed": killed }))
 }
 
-fn seen(server: &Server, sandbox: &str) -> Result<serde_json::Value, String> {
+fn seen(service: &Service, sandbox: &str) -> Result<serde_json::Value, String> {
+    let server = &service.server;
     let client = server
         .clients
         .get(sandbox)
@@ -291,7 +353,10 @@ fn seen(server: &Server, sandbox: &str) -> Result<serde_json::Value, String> {
             }))
         })
         .collect();
-    Ok(serde_json::json!({ "pid": text.pid, "killed": text.killed, "files": files }))
+    Ok(serde_json::json!({
+        "pid": text.pid, "killed": text.killed, "files": files,
+        "uffd": service.handed.seen(sandbox),
+    }))
 }
 
 fn prefetch(

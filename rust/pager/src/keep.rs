@@ -7,11 +7,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::kept::{has_ended, kill, next, reap, start_other, Kept, Word, LINK_WAIT};
+use crate::kept::{next, reap, start_other, Kept, Word, LINK_WAIT};
+use crate::log;
 use crate::packet::{self, borrowed};
+use crate::process::Process;
 
 /// How often the keeper is looked at, and started again where that failed.
 const LOOK: Duration = Duration::from_millis(200);
+/// Looks between two words to a keeper that has nothing to be told.
+const LOOKS: u32 = 10;
 
 /// What is kept, and by whom.
 pub struct Keep(Mutex<State>);
@@ -19,16 +23,19 @@ pub struct Keep(Mutex<State>);
 struct State {
     kept: Kept,
     link: OwnedFd,
-    process: OwnedFd,
+    process: Process,
+    /// Both end: nobody is started again.
+    stopped: bool,
 }
 
 impl Keep {
     /// Begins with what the keeper gave.
-    pub fn new(kept: Kept, link: OwnedFd, process: OwnedFd) -> Arc<Self> {
+    pub fn new(kept: Kept, link: OwnedFd, process: Process) -> Arc<Self> {
         Arc::new(Self(Mutex::new(State {
             kept,
             link,
             process,
+            stopped: false,
         })))
     }
 
@@ -71,11 +78,10 @@ impl Keep {
     /// No keeper could be started.
     pub fn keeper_pid(&self) -> io::Result<i32> {
         let mut state = self.lock();
-        if let Ok(pid) = crate::clients::pid_of(&state.process) {
-            return Ok(pid);
+        if state.process.ended(Duration::ZERO) {
+            revive(&mut state)?;
         }
-        revive(&mut state)?;
-        crate::clients::pid_of(&state.process)
+        state.process.pid()
     }
 
     /// Asks the keeper to end, which has nothing to keep any more.
@@ -83,19 +89,29 @@ impl Keep {
     /// # Errors
     /// It does not answer.
     pub fn stop(&self) -> io::Result<()> {
-        tell(&self.lock(), &Word::Stop, &[])
+        let mut state = self.lock();
+        tell(&state, &Word::Stop, &[])?;
+        state.stopped = true;
+        Ok(())
     }
 
-    /// Starts another keeper whenever one has ended; for a thread of its own.
-    pub fn watch(&self) {
-        loop {
+    /// Starts another keeper whenever one has ended or does not answer, and sets a log aside that
+    /// has so many bytes; for a thread of its own.
+    pub fn watch(&self, log_bytes_max: u64) {
+        for look in 1_u32.. {
             std::thread::sleep(LOOK);
             let mut state = self.lock();
+            if state.stopped {
+                return;
+            }
             reap();
-            if has_ended(state.process.as_fd(), Duration::ZERO) {
-                if let Err(error) = revive(&mut state) {
-                    eprintln!("no keeper could be started: {error}");
-                }
+            let ended = state.process.ended(Duration::ZERO);
+            let mut revived = if ended { revive(&mut state) } else { Ok(()) };
+            if look % LOOKS == 0 && revived.is_ok() && !say(&state, log_bytes_max) {
+                revived = revive(&mut state);
+            }
+            if let Err(error) = revived {
+                eprintln!("no keeper could be started: {error}");
             }
         }
     }
@@ -121,6 +137,22 @@ impl Keep {
     }
 }
 
+/// Tells the keeper that we run, or of a new log; whether it answers.
+fn say(state: &State, log_bytes_max: u64) -> bool {
+    let said = match log::turn(log_bytes_max) {
+        Ok(Some(file)) => tell(state, &Word::Log, &[file]),
+        Ok(None) => tell(state, &Word::Alive, &[]),
+        Err(error) => {
+            eprintln!("the log can't be set aside: {error}");
+            tell(state, &Word::Alive, &[])
+        }
+    };
+    if let Err(error) = &said {
+        eprintln!("the keeper does not answer: {error}");
+    }
+    said.is_ok()
+}
+
 fn tell(state: &State, word: &Word, fds: &[OwnedFd]) -> io::Result<()> {
     packet::send(state.link.as_fd(), word, &borrowed(fds))?;
     let answer = next(state.link.as_fd(), LINK_WAIT)?.ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -132,7 +164,7 @@ fn tell(state: &State, word: &Word, fds: &[OwnedFd]) -> io::Result<()> {
 }
 
 fn revive(state: &mut State) -> io::Result<()> {
-    kill(state.process.as_fd());
+    state.process.kill();
     let (link, process) = start_other("keeper", &state.kept)?;
     (state.link, state.process) = (link, process);
     eprintln!("the keeper had ended; it was started again");

@@ -7,22 +7,28 @@
 //! its guests along: better an end with a cause than a guest that hangs.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::clients::{Cause, ClientText};
-use crate::kept::{has_ended, kill, reap, start_other, Kept, Word, LINK_WAIT};
-use crate::packet;
+use crate::kept::{reap, start_other, Kept, Word, LINK_WAIT};
+use crate::log;
+use crate::packet::{self, Packet};
+use crate::process::Process;
 
 /// Deaths in a row, each soon after its start, that are taken for the last.
 const DEATHS_MAX: u32 = 30;
 const SOON: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// How long a pager may be silent where nobody says otherwise.
+const SILENT_MS: u64 = 30_000;
+/// How often a pager that says nothing is thought of.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The pager, as its keeper sees it: the link and a handle of the process.
-pub type Other = (OwnedFd, OwnedFd);
+pub type Other = (OwnedFd, Process);
 
 /// How a pager ended.
 enum End {
@@ -51,9 +57,9 @@ pub fn keep(mut kept: Kept, mut pager: Option<Other>) -> io::Result<()> {
                     return Ok(());
                 }
                 // A pager that lives on without its keeper could answer beside the next one.
-                kill(process.as_fd());
-                if !has_ended(process.as_fd(), LINK_WAIT) {
-                    end_guests(&mut kept);
+                process.kill();
+                if !process.ended(LINK_WAIT) {
+                    end_guests(&mut kept, Guests::All);
                     return Err(io::Error::other("the pager can't be ended"));
                 }
                 eprintln!("the pager has ended; it is started again");
@@ -65,55 +71,85 @@ pub fn keep(mut kept: Kept, mut pager: Option<Other>) -> io::Result<()> {
         } else {
             0
         };
-        if !can_be_replaced(&kept) || deaths > DEATHS_MAX {
-            end_guests(&mut kept);
+        if deaths <= DEATHS_MAX && !can_be_replaced(&kept) {
+            end_guests(&mut kept, Guests::OfFuse);
         }
         if deaths > DEATHS_MAX {
+            end_guests(&mut kept, Guests::All);
             return Err(io::Error::other("the pager ends again and again"));
         }
         std::thread::sleep((Duration::from_millis(2) * deaths).min(PAUSE_MAX));
     }
 }
 
-/// Does what the pager says, until it ends.
-fn listen(link: &OwnedFd, process: &OwnedFd, kept: &mut Kept) -> End {
-    loop {
-        let mut fds = [
-            PollFd::new(link.as_fd(), PollFlags::POLLIN),
-            PollFd::new(process.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) => {}
-            Err(nix::Error::EINTR) => continue,
-            Err(_) => return End::Died,
-        }
-        let said = fds[0].any().unwrap_or(false);
-        if !said {
-            return End::Died; // its process, and nothing is left to be read
-        }
-        let Ok(Some(packet)) = packet::receive(link.as_fd()) else {
-            return End::Died;
-        };
-        let word: Word = match packet.parse() {
-            Ok(word) => word,
-            Err(error) => {
-                eprintln!("the pager says what is no word: {error}");
-                return End::Died;
-            }
-        };
-        let asked = matches!(word, Word::Stop);
-        let error = if asked {
-            None
-        } else {
-            kept.take(&word, packet.fds).err()
-        };
-        if packet::send(link.as_fd(), &Word::Done { error }, &[]).is_err() {
-            return End::Died;
-        }
-        if asked {
-            return End::Asked;
+/// Does what the pager says, until it ends or is silent for too long.
+fn listen(link: &OwnedFd, process: &Process, kept: &mut Kept) -> End {
+    let silent_max = Duration::from_millis(silent_ms(kept));
+    let mut silent = Duration::ZERO;
+    while silent < silent_max {
+        let began = Instant::now();
+        match wait(link.as_fd(), process) {
+            Ok(Some(packet)) => match obey(link, packet, kept) {
+                Some(end) => return end,
+                None => silent = Duration::ZERO,
+            },
+            // What this process slept through as well, in a machine that stood still, says
+            // nothing of the other.
+            Ok(None) => silent += began.elapsed().min(LOOK),
+            Err(()) => return End::Died,
         }
     }
+    eprintln!("the pager is silent for {silent:?}; it is replaced");
+    End::Died
+}
+
+/// The next packet; None where there is none for a while, an error where there will be none.
+fn wait(link: BorrowedFd<'_>, process: &Process) -> Result<Option<Packet>, ()> {
+    let mut fds = [
+        PollFd::new(link, PollFlags::POLLIN),
+        PollFd::new(process.as_fd(), PollFlags::POLLIN),
+    ];
+    let timeout = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, timeout) {
+        Ok(0) | Err(nix::Error::EINTR) => return Ok(None),
+        Ok(_) => {}
+        Err(_) => return Err(()),
+    }
+    let said = fds[0].any().unwrap_or(false);
+    if !said {
+        return Err(()); // its process, and nothing is left to be read
+    }
+    packet::receive(link).ok().flatten().map(Some).ok_or(())
+}
+
+/// Does what a packet says; how the pager ended, where it did.
+fn obey(link: &OwnedFd, packet: Packet, kept: &mut Kept) -> Option<End> {
+    let word: Word = match packet.parse() {
+        Ok(word) => word,
+        Err(error) => {
+            eprintln!("the pager says what is no word: {error}");
+            return Some(End::Died);
+        }
+    };
+    let asked = matches!(word, Word::Stop);
+    let error = match word {
+        Word::Stop | Word::Alive => None,
+        Word::Log => packet.fds.first().and_then(|file| log::go_on(file).err()),
+        word => kept.take(&word, packet.fds).err(),
+    };
+    let sent = packet::send(link.as_fd(), &Word::Done { error }, &[]);
+    match (sent, asked) {
+        (Err(_), _) => Some(End::Died),
+        (Ok(()), true) => Some(End::Asked),
+        (Ok(()), false) => None,
+    }
+}
+
+/// How long a pager may be silent.
+fn silent_ms(kept: &Kept) -> u64 {
+    let settings = kept.get("settings");
+    let said = settings.and_then(|entry| entry.value["silent_ms"].as_u64());
+    said.unwrap_or(SILENT_MS)
 }
 
 /// Whether the kernel can be asked again for what a dead pager had read.
@@ -122,8 +158,17 @@ fn can_be_replaced(kept: &Kept) -> bool {
     fuse.is_none_or(|value| value["confirmed"] != true || value["resend"] == true)
 }
 
-/// Kills every VMM and lets go of the connection.
-fn end_guests(kept: &mut Kept) {
+/// Whose end it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guests {
+    /// Those that have files of a connection open which nobody can answer.
+    OfFuse,
+    /// All.
+    All,
+}
+
+/// Kills VMMs, waits until they are dead, and lets go of the connection.
+fn end_guests(kept: &mut Kept, whose: Guests) {
     let cause = Cause {
         blob: "the pager".to_owned(),
         cause: "it has ended and can't be replaced".to_owned(),
@@ -131,15 +176,21 @@ fn end_guests(kept: &mut Kept) {
     };
     let mut killed = Vec::new();
     for (sandbox, entry) in kept.of_kind("client") {
-        if let Some(process) = entry.fds.first() {
-            kill(process.as_fd());
+        let Ok(mut text) = serde_json::from_value::<ClientText>(entry.value.clone()) else {
+            continue;
+        };
+        if text.handed && whose == Guests::OfFuse {
+            continue;
         }
-        if let Ok(mut text) = serde_json::from_value::<ClientText>(entry.value.clone()) {
-            text.killed.get_or_insert_with(|| cause.clone());
-            killed.push((format!("client/{sandbox}"), text));
-        }
+        let process = entry.fds.first().and_then(|fd| fd.try_clone().ok());
+        let process = process.map(Process::from);
+        process.iter().for_each(Process::kill);
+        text.killed.get_or_insert_with(|| cause.clone());
+        killed.push((format!("client/{sandbox}"), text, process));
     }
-    for (key, text) in killed {
+    for (key, text, process) in killed {
+        // Before the last descriptor of its memory closes.
+        let _ = process.is_none_or(|process| process.ended(LINK_WAIT));
         let value = serde_json::to_value(text).unwrap_or_default();
         let same_fds = true;
         let put = Word::Put {

@@ -17,6 +17,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::packet::{self, borrowed, Packet};
+use crate::process::Process;
 
 /// Entries that are kept; each is a file, a VMM, or one of a handful.
 pub const ENTRIES_MAX: usize = 32 << 10;
@@ -48,6 +49,10 @@ pub enum Word {
         /// What was wrong.
         error: Option<String>,
     },
+    /// The pager runs.
+    Alive,
+    /// The log goes on in the file that comes with this.
+    Log,
     /// Both are to end: nobody needs them.
     Stop,
 }
@@ -168,7 +173,7 @@ pub fn reap() {
 ///
 /// # Errors
 /// What the kernel says.
-pub fn start_other(role: &str, kept: &Kept) -> io::Result<(OwnedFd, OwnedFd)> {
+pub fn start_other(role: &str, kept: &Kept) -> io::Result<(OwnedFd, Process)> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
     // The program that runs, also where its file was replaced meanwhile.
@@ -180,46 +185,9 @@ pub fn start_other(role: &str, kept: &Kept) -> io::Result<(OwnedFd, OwnedFd)> {
         .args([role, &name])
         .stdin(Stdio::from(theirs))
         .spawn()?;
-    let process = pidfd(child.id() as i32)?;
+    let process = Process::open(child.id() as i32)?;
     kept.send(ours.as_fd())?;
     Ok((ours, process))
-}
-
-/// A handle of a process, readable when it has ended.
-///
-/// # Errors
-/// What the kernel says: it is gone.
-pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: only numbers are passed.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd as i32) })
-}
-
-/// Kills the process of a handle; one that is gone already is fine.
-pub fn kill(process: BorrowedFd<'_>) {
-    // SAFETY: only numbers and a null pointer, which stands for an ordinary signal, are passed.
-    unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            process.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-}
-
-/// Whether the process of a handle has ended, waiting for it at most so long.
-pub fn has_ended(process: BorrowedFd<'_>, bound: Duration) -> bool {
-    let timeout = PollTimeout::try_from(bound).unwrap_or(PollTimeout::MAX);
-    matches!(
-        poll(&mut [PollFd::new(process, PollFlags::POLLIN)], timeout),
-        Ok(1)
-    )
 }
 
 #[cfg(test)]
@@ -268,15 +236,5 @@ mod tests {
             .take(&put("node/1", 1, true), vec![])
             .is_err());
         assert!(Kept::default().take(&Word::Ready, vec![]).is_err());
-    }
-
-    #[test]
-    fn a_process_is_seen_to_end() {
-        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
-        let handle = pidfd(child.id() as i32).unwrap();
-        assert!(!has_ended(handle.as_fd(), Duration::ZERO));
-        kill(handle.as_fd());
-        assert!(has_ended(handle.as_fd(), Duration::from_secs(60)));
-        child.wait().unwrap();
     }
 }

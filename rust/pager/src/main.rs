@@ -13,8 +13,8 @@ use std::process::{Command, ExitCode};
 
 use diapause_pager::fuse::Fuse;
 use diapause_pager::kept::Kept;
+use diapause_pager::process::Process;
 use diapause_pager::service::Service;
-use diapause_pager::uffd::vmm::Process;
 use diapause_pager::{control, frames, keeper};
 
 fn main() -> ExitCode {
@@ -51,10 +51,12 @@ fn run(role: &str) -> io::Result<()> {
     let kept = Kept::receive(link.as_fd())?;
     match role {
         "first" => keeper::keep(kept, None),
-        "keeper" => {
-            let pager = other(&link)?;
-            keeper::keep(kept, Some((link, pager)))
-        }
+        "keeper" => match other(&link) {
+            Ok(pager) => keeper::keep(kept, Some((link, pager))),
+            // It died when it had told us everything.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => keeper::keep(kept, None),
+            Err(error) => Err(error),
+        },
         _ => {
             let keeper = other(&link)?;
             let (service, listener) = Service::start(kept, link, keeper)?;
@@ -65,6 +67,6 @@ fn run(role: &str) -> io::Result<()> {
 }
 
 /// The process at the other end of the link: it made the pair of sockets.
-fn other(link: &OwnedFd) -> io::Result<OwnedFd> {
-    Ok(Process::peer(link)?.0.into())
+fn other(link: &OwnedFd) -> io::Result<Process> {
+    Ok(Process::peer(link)?.0)
 }

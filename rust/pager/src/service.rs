@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::clients::{Cause, Client, ClientText, Clients};
 use crate::fuse::Fuse;
+use crate::handed::Handed;
 use crate::keep::Keep;
 use crate::kept::{Entry, Kept};
 use crate::nodes::{NodeText, Nodes};
+use crate::process::Process;
 use crate::server::{Keeps, Server};
 use crate::wire::{granted, Init, HAS_RESEND};
 
@@ -27,6 +29,10 @@ pub struct Settings {
     pub instance: String,
     /// How long an access may wait for a blob before its VMM is killed.
     pub stall_ms: u64,
+    /// How long the pager may say nothing before the keeper replaces it.
+    pub silent_ms: u64,
+    /// How large the log may grow before it is set aside.
+    pub log_bytes_max: u64,
 }
 
 /// What is kept of the connection.
@@ -43,6 +49,8 @@ struct FuseText {
 pub struct Service {
     /// What answers the kernel.
     pub server: Arc<Server>,
+    /// VMMs that hand in their memory.
+    pub handed: Arc<Handed>,
     /// What is kept beyond this process.
     pub keep: Arc<Keep>,
     /// What it was started with.
@@ -64,7 +72,7 @@ impl Service {
     ///
     /// # Errors
     /// FUSE is missing or forbidden; something that has to be kept is not there.
-    pub fn start(kept: Kept, link: OwnedFd, keeper: OwnedFd) -> io::Result<(Arc<Self>, OwnedFd)> {
+    pub fn start(kept: Kept, link: OwnedFd, keeper: Process) -> io::Result<(Arc<Self>, OwnedFd)> {
         let settings: Settings = text_of(kept.get("settings"))?;
         let listener = fd_of(kept.get("listener"))?;
         let keep = Keep::new(kept, link, keeper);
@@ -86,14 +94,17 @@ impl Service {
         if taken_up {
             server.fuse.ask_again()?;
         }
-        let watching = keep.clone();
+        let handed = Handed::new(server.clone(), keep.clone())?;
+        handed.take_up();
+        let (watching, log_bytes_max) = (keep.clone(), settings.log_bytes_max);
         std::thread::Builder::new()
             .name("keeper".to_owned())
             .stack_size(256 << 10)
-            .spawn(move || watching.watch())?;
+            .spawn(move || watching.watch(log_bytes_max))?;
         let turn = Mutex::new(());
         let service = Self {
             server,
+            handed,
             keep,
             settings,
             kernel,
@@ -192,6 +203,9 @@ impl Keeps for Kernel {
             .map(|s| s.clients.all())
             .unwrap_or_default()
         {
+            if client.text().handed {
+                continue; // it has no file open
+            }
             if client.kill(&cause) {
                 self.killed(&client.sandbox);
             }
@@ -243,7 +257,8 @@ fn clients(kept: &Kept) -> io::Result<Clients> {
     let clients = Clients::default();
     for (sandbox, entry) in kept.of_kind("client") {
         let text: ClientText = text_of(Some(entry))?;
-        clients.add(Client::new(sandbox, text, fd_of(Some(entry))?));
+        let process = Process::from(fd_of(Some(entry))?);
+        clients.add(Client::new(sandbox, text, process));
     }
     Ok(clients)
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diapause.errors import PagerUnavailable
-from diapause.limits import PAGER_S, PAGER_STALL_S
+from diapause.limits import LOG_BYTES_MAX, PAGER_S, PAGER_SILENT_S, PAGER_STALL_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,10 @@ def _start(home: Home) -> None:
             stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=log, check=True,
             start_new_session=True, cwd="/", env=environment, timeout=PAGER_S,
         )  # fmt: skip
-        settings = {"instance": os.urandom(8).hex(), "stall_ms": int(PAGER_STALL_S * 1000)}
+        settings = {
+            "instance": os.urandom(8).hex(), "stall_ms": int(PAGER_STALL_S * 1000),
+            "silent_ms": int(PAGER_SILENT_S * 1000), "log_bytes_max": LOG_BYTES_MAX,
+        }  # fmt: skip
         _put(ours, "settings", settings, ())
         _put(ours, "listener", None, (listener.fileno(),))
         ours.send(json.dumps("ready").encode())
@@ -87,5 +90,6 @@ def _listener(path: Path) -> socket.socket:
 
 
 def _log(home: Home) -> contextlib.closing[Any]:
+    """The log to append to; the pager itself sets a large one aside, as pager.log.1."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     return contextlib.closing(os.fdopen(os.open(home.pager_log, flags, 0o600), "ab", 0))

@@ -22,12 +22,12 @@ pub fn tend(crew: &Arc<Crew>) {
     while !crew.is_over() {
         let listeners: Vec<_> = crew.listeners();
         let until = pending.iter().map(Pending::until).fold(next, Instant::min);
-        wait(crew, &listeners, &pending, until);
+        let ready = wait(crew, &listeners, &pending, until);
         crew.hush();
         // A fault in here costs the peers that are in their handshake, nobody else.
         let stepped = catch_unwind(AssertUnwindSafe(|| {
             let mut peers = std::mem::take(&mut pending);
-            for (listener, host) in &listeners {
+            for (listener, host) in ready.iter().map(|&number| &listeners[number]) {
                 greet(crew, listener, host, &mut peers);
             }
             advance(crew, peers)
@@ -37,32 +37,40 @@ pub fn tend(crew: &Arc<Crew>) {
     }
 }
 
-/// Until something happens, or until then.
+/// Until something happens, or until then; the numbers of listeners at which somebody waits.
 fn wait(
     crew: &Crew,
     listeners: &[(Arc<UnixListener>, Arc<dyn Host>)],
     pending: &[Pending],
     until: Instant,
-) {
+) -> Vec<usize> {
     let mut fds = vec![PollFd::new(crew.bell(), PollFlags::POLLIN)];
-    let listeners = listeners.iter().map(|(listener, _)| listener.as_fd());
-    let all = listeners.chain(pending.iter().map(|pending| pending.stream().as_fd()));
+    let doors = listeners.iter().map(|(listener, _)| listener.as_fd());
+    let all = doors.chain(pending.iter().map(|pending| pending.stream().as_fd()));
     fds.extend(all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
     let left = until.saturating_duration_since(Instant::now());
     // Rounded up, or the last millisecond would be spent in circles.
     let timeout = PollTimeout::try_from(left + Duration::from_millis(1));
     if let Err(error) = poll(&mut fds, timeout.unwrap_or(PollTimeout::ZERO)) {
         debug_assert_eq!(error, Errno::EINTR);
+        return Vec::new();
     }
+    let ready = |number: &usize| fds[number + 1].any().unwrap_or(false);
+    (0..listeners.len()).filter(ready).collect()
 }
 
 /// Takes in who has connected.
 fn greet(crew: &Crew, listener: &UnixListener, host: &Arc<dyn Host>, peers: &mut Vec<Pending>) {
     // Not more than there is room for, so that others have their turn.
     for _ in 0..crew.limits().handshakes.max(1) {
+        let known = host.knocked();
         let Ok((stream, _)) = listener.accept() else {
             return;
         };
+        if let Err(error) = known {
+            host.refused(0, &Refusal::Unwanted(error));
+            continue;
+        }
         if peers.len() >= crew.limits().handshakes.max(1) {
             // A VMM says all it has to say at once: who waits longest is none.
             peers.remove(0).refuse(Refusal::Crowded);

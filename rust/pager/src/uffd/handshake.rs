@@ -16,10 +16,12 @@ use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{recvmsg, ControlMessageOwned, MsgFlags, UnixAddr};
 
+use crate::process::Process;
+
 use super::host::Host;
 use super::ioctl::{features, Filled, Uffd};
 use super::regions::{parse, BadRegions, Message, Region, Regions, SMALL_BYTES};
-use super::vmm::{Process, Vmm};
+use super::vmm::Vmm;
 
 /// Bytes of a message: [`super::regions::REGIONS_MAX`] regions have room.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;

@@ -102,6 +102,8 @@ pub trait Witness: fmt::Debug + Send + Sync {
     fn stalled(&self, _why: &Unreadable) {}
     /// A page was poisoned for want of its bytes.
     fn poisoned(&self, _why: &Unreadable) {}
+    /// It is about to be killed.
+    fn killing(&self, _why: &Why) {}
     /// Pages were given back.
     fn removed(&self, _pages: u64) {}
     /// The VMM is gone.
@@ -195,6 +197,8 @@ pub struct Keep<'a> {
     pub regions: &'a [Region],
     /// The VMM's number, for people.
     pub pid: i32,
+    /// Its connection, where this process took it.
+    pub stream: Option<BorrowedFd<'a>>,
 }
 
 impl Keep<'_> {
@@ -216,6 +220,15 @@ impl Keep<'_> {
 pub trait Host: fmt::Debug + Send + Sync {
     /// The size of the device whose pages they get.
     fn size_bytes(&self) -> u64;
+
+    /// Somebody is about to be let in. What he sends is lost where this process dies before
+    /// [`Self::admitted`] has returned.
+    ///
+    /// # Errors
+    /// Where that could not be noted: he is not let in.
+    fn knocked(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// A handshake is complete. Called before the first fault is answered: what is kept here
     /// survives this process. `id` names the VMM in calls of the server.

@@ -9,7 +9,8 @@
 //! - A page is the device's, or zeros once the VMM gave it back: decided and copied while no
 //!   message is read ([`fill`]).
 //! - What can't be read is waited for within a bound. Then the VMM is killed, or the page poisoned.
-//! - A VMM is dead before its descriptor is closed ([`vmm`]).
+//! - A VMM is dead before its descriptor is closed ([`vmm`]), also where nobody is left to see to
+//!   that ([`leash`]).
 
 pub mod crew;
 pub mod door;
@@ -17,6 +18,7 @@ pub mod fill;
 pub mod handshake;
 pub mod host;
 pub mod ioctl;
+pub mod leash;
 pub mod ledger;
 pub mod memory;
 pub mod regions;
@@ -27,7 +29,8 @@ pub mod vmm;
 
 pub use crew::Limits;
 pub use handshake::Refusal;
-pub use host::{Ending, Guest, Host, Kept, OnBad, Options, Pages, Served, Why, Witness};
+pub use host::{Ending, Guest, Host, Keep, Kept, OnBad, Options, Pages, Served, Why, Witness};
 pub use regions::{Region, Regions};
 pub use serve::Scratch;
 pub use server::Server;
+pub use session::State;

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::build::Unreadable;
+use crate::process::Process;
 
 use super::crew::{spawn, Crew, Limits};
 use super::door;
@@ -16,7 +17,7 @@ use super::ledger::Ledger;
 use super::regions::Regions;
 use super::serve::Scratch;
 use super::session::{Session, State};
-use super::vmm::{Process, Vmm};
+use super::vmm::Vmm;
 
 /// Serves VMMs until it is dropped, which kills those that are left.
 #[derive(Debug)]

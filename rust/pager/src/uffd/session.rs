@@ -95,7 +95,7 @@ pub struct Session {
     ending: OnceLock<Ending>,
     /// Quick answers that are wanted.
     slow: AtomicU32,
-    _stream: Option<UnixStream>,
+    stream: Option<UnixStream>,
 }
 
 impl Session {
@@ -119,7 +119,7 @@ impl Session {
             queue: Mutex::default(),
             ending: OnceLock::new(),
             slow: AtomicU32::new(1),
-            _stream: stream,
+            stream,
         }
     }
 
@@ -166,6 +166,7 @@ impl Session {
             ledger: self.ledger.file(),
             regions: self.regions.list(),
             pid: self.pid,
+            stream: self.stream.as_ref().map(AsFd::as_fd),
         }
     }
 
@@ -183,7 +184,10 @@ impl Session {
 
     /// Kills the VMM, for a reason that counts where it is the first.
     pub fn kill(&self, why: Why) {
-        if self.ending.set(Ending::Killed(why)).is_ok() {
+        if self.ending.set(Ending::Killed(why.clone())).is_ok() {
+            if let Some(guest) = self.guest.get() {
+                guest.witness.killing(&why);
+            }
             self.vmm.process().kill();
         }
     }
