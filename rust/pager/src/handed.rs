@@ -65,8 +65,6 @@ struct Seat {
 enum Chore {
     /// The VMM has come.
     Came,
-    /// Why it was killed is known.
-    Killed,
     /// It has ended.
     Ended,
 }
@@ -310,12 +308,6 @@ impl Handed {
                     }
                     self.keep.remove(&format!("door/{}", watch.sandbox))
                 }
-                Chore::Killed => {
-                    if let Some(client) = self.server.clients.get(&watch.sandbox) {
-                        self.keep_client(&client);
-                    }
-                    Ok(())
-                }
                 Chore::Ended => {
                     seats.remove(&watch.sandbox);
                     self.keep.remove(&format!("uffd/{}", watch.sandbox))
@@ -475,8 +467,11 @@ impl Witness for Told {
         eprintln!("{sandbox}: killed, since {why}");
         if let Some(client) = self.0.server.clients.get(sandbox) {
             client.note(&cause);
+            // Before it is dead: whoever sees that may ask why, of the next pager as well.
+            if let Some(handed) = self.0.handed.upgrade() {
+                handed.keep_client(&client);
+            }
         }
-        self.chore(Chore::Killed);
     }
 
     fn ended(&self, _ending: &uffd::Ending) {
