@@ -1,5 +1,5 @@
 """The pagers: a resume on demand against flat files that are there; faults through userfaultfd
-against a bare loop in C."""
+against a bare loop in C; files read from first to last against a bare FUSE server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOUND_S = 600.0
 
 def measure(bench: Bench) -> list[Row]:
     """All rows."""
-    return [*_resumes(bench), *_faults()]
+    return [*_resumes(bench), *_faults(), *_sequential()]
 
 
 def _resumes(bench: Bench) -> list[Row]:
@@ -70,6 +70,32 @@ def _faults() -> list[Row]:
     return [
         Row("a 4 KiB fault through userfaultfd", p50[0], p50[1], 1.25),
         Row("64 KiB a fault through userfaultfd", per_mb[0], per_mb[1], 1 / 0.9),
+    ]
+
+
+def _sequential() -> list[Row]:
+    """Files read from first to last through FUSE, builds in the page cache, the ways in turn."""
+    with tempfile.TemporaryDirectory() as place:
+        bare = Path(place) / "fuse_loop"
+        source = ROOT / "benchmarks" / "peers" / "fuse_loop.c"
+        run("cc", "-O2", "-pthread", "-o", str(bare), str(source))
+        said = run(str(example("fuse_speed")), str(bare)).splitlines()
+    took: dict[tuple[str, str], list[float]] = {}
+    for line in map(json.loads, said):
+        took.setdefault((line["frames"], line["way"]), []).append(1000 / line["mib_per_s"])
+
+    def figure(name: str, frames: str, way: str) -> Figure:
+        # A row's bound is on how much larger ours may be: time per byte, so.
+        return Figure(name, "ms/MiB", tuple(took[frames, way]))
+
+    raw = figure("the pager", "raw", "pager"), figure("a bare FUSE server", "raw", "bare")
+    packed = (
+        figure("the pager", "compressed", "pager"),
+        figure("zstd on all processors, no FUSE", "compressed", "zstd"),
+    )
+    return [
+        Row("sequential read, frames as they are", *raw, 1 / 0.9),
+        Row("sequential read, compressed frames", *packed, 1 / 0.8),
     ]
 
 

@@ -9,7 +9,6 @@
 //! what counts on a machine that does other things too.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::fs::File;
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -17,110 +16,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod cases;
 #[path = "../tests/support/server.rs"]
 mod server;
 
-use diapause_format::{
-    digest16, hex, BuildKind, BuildRef, BuildTable, BuildWriter, Decoder, Encoder, Extent,
-    HeaderWriter, Target, FRAME_BYTES, PAGE_SIZE,
-};
-use diapause_pager::blobs::Directory;
+use cases::{make, noise, words, Case};
+use diapause_format::{digest16, Decoder, FRAME_BYTES, PAGE_SIZE};
 use diapause_pager::build::{Builds, Frames};
 use diapause_pager::device::{Device, Part};
 use diapause_pager::frames::bound_malloc;
-use diapause_pager::spec::{BlobsSpec, DeviceSpec};
+use diapause_pager::spec::BlobsSpec;
 use server::{Act, Server};
 
 const ROUNDS: usize = 5;
-
-struct Case {
-    name: &'static str,
-    spec: DeviceSpec,
-    builds: Arc<Builds>,
-    file: File,
-    table: BuildTable,
-}
-
-/// Words of a guest's memory, more or less: each page compresses to about a third.
-fn words(page: u64, into: &mut Vec<u8>) {
-    let mut seed = page.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    for word in 0..PAGE_SIZE as u64 / 8 {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        let value = match word % 4 {
-            0 => seed,
-            1 => page,
-            2 => seed & 0xFF,
-            _ => word / 8,
-        };
-        into.extend_from_slice(&value.to_le_bytes());
-    }
-}
-
-fn noise(page: u64, into: &mut Vec<u8>) {
-    let mut seed = page.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    for _ in 0..PAGE_SIZE / 8 {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        into.extend_from_slice(&seed.wrapping_mul(0x2545_F491_4F6C_DD1D).to_le_bytes());
-    }
-}
-
-fn make(name: &'static str, directory: &Path, mib: u64, page: fn(u64, &mut Vec<u8>)) -> Case {
-    let new = directory.join("new");
-    let mut writer = BuildWriter::new(File::create(&new).unwrap()).unwrap();
-    let mut encoder = Encoder::new().unwrap();
-    let pages = mib * 256;
-    let mut raw = Vec::new();
-    for first in (0..pages).step_by(FRAME_BYTES / PAGE_SIZE) {
-        raw.clear();
-        (first..first + 16).for_each(|at| page(at, &mut raw));
-        writer.push(&encoder.encode(&raw).unwrap()).unwrap();
-    }
-    let (summary, file) = writer.finish().unwrap();
-    file.sync_all().unwrap();
-    let path = directory.join(hex(&summary.id));
-    std::fs::rename(new, &path).unwrap();
-    let mut header = HeaderWriter::new(Vec::new(), pages).unwrap();
-    let target = Target {
-        build: 1,
-        position: 0,
-    };
-    let whole = Extent {
-        page: 0,
-        length: pages,
-        target,
-    };
-    let build = BuildRef {
-        id: summary.id,
-        pages,
-        kind: BuildKind::Packed,
-    };
-    header.push(whole, |_| build).unwrap();
-    let (head, bytes) = header.finish().unwrap();
-    let header = directory.join(format!("{name}.header"));
-    std::fs::write(&header, bytes).unwrap();
-    let spec = DeviceSpec {
-        size_bytes: pages * PAGE_SIZE as u64,
-        header,
-        header_digest: hex(&head.digest),
-        blobs: BlobsSpec::directory(directory),
-        captures: Vec::new(),
-    };
-    let source = Arc::new(Directory(directory.to_owned()));
-    let builds = Arc::new(Builds::new(source, Arc::new(Frames::default())));
-    let mut file = File::open(&path).unwrap();
-    let table = BuildTable::read(&mut file, summary.size_bytes, &summary.id).unwrap();
-    Case {
-        name,
-        spec,
-        builds,
-        file,
-        table,
-    }
-}
 
 /// Nanoseconds that this thread ran.
 fn ran_ns() -> u64 {

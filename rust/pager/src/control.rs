@@ -39,39 +39,81 @@ const GREETING: Duration = Duration::from_secs(10);
 /// What is asked.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum Ask {
+pub enum Ask {
     /// Who is there; the answer comes with the mount.
     Hello {},
     /// A file, new or pointed elsewhere.
-    Put { name: String, spec: DeviceSpec },
+    Put {
+        /// Its name.
+        name: String,
+        /// What it stands for.
+        spec: DeviceSpec,
+    },
     /// A file goes; nobody runs on it.
-    Remove { name: String },
+    Remove {
+        /// Its name.
+        name: String,
+    },
     /// Names of files behind `after`, in order.
-    Names { after: String },
+    Names {
+        /// A name, or nothing.
+        after: String,
+    },
     /// A VMM runs on files; a handle of its process comes with it.
-    Attach { sandbox: String, files: Vec<String> },
+    Attach {
+        /// Whose VMM it is.
+        sandbox: String,
+        /// The files' names.
+        files: Vec<String>,
+    },
     /// A VMM will hand in its memory, which is a file's; a handle of its process and the socket
     /// that it connects to come with it.
-    Listen { sandbox: String, file: String },
+    Listen {
+        /// Whose VMM it is.
+        sandbox: String,
+        /// The file.
+        file: String,
+    },
     /// Sandboxes that have a VMM here behind `after`, in order.
-    Sandboxes { after: String },
+    Sandboxes {
+        /// A name, or nothing.
+        after: String,
+    },
     /// A VMM has ended, or never ran.
-    Detach { sandbox: String },
+    Detach {
+        /// Whose VMM it was.
+        sandbox: String,
+    },
     /// What is known of a sandbox.
-    Seen { sandbox: String },
+    Seen {
+        /// Which.
+        sandbox: String,
+    },
     /// A file is given to the kernel as far as a trace of it says, and so many bytes allow.
     Prefetch {
+        /// The file.
         name: String,
+        /// What was touched of it.
         trace: PathBuf,
+        /// The most that is given.
         budget_bytes: u64,
     },
     /// What a VMM has touched of a file.
-    Touched { sandbox: String, name: String },
+    Touched {
+        /// Whose VMM it is.
+        sandbox: String,
+        /// The file.
+        name: String,
+    },
     /// The same, with what was touched before it, becomes the trace `to`.
     Trace {
+        /// Whose VMM it is.
         sandbox: String,
+        /// The file.
         name: String,
+        /// What was touched before.
         prior: Option<PathBuf>,
+        /// Where the trace is put.
         to: PathBuf,
     },
     /// What was counted of all files, and which sandboxes wait.

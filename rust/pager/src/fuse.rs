@@ -153,7 +153,11 @@ impl Fuse {
         std::fs::write(path, kib.to_string())
     }
 
-    fn device_number(&self) -> io::Result<(u32, u32)> {
+    /// What the kernel calls the mount; asks no server.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn device_number(&self) -> io::Result<(u32, u32)> {
         // SAFETY: all zeros is a value of this plain structure.
         let mut found: libc::statx = unsafe { std::mem::zeroed() };
         let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
