@@ -1,7 +1,7 @@
 """`make bench`: every figure, or those that are named; exits 1 where a bound is missed.
 
 python -m benchmarks [NAME...]      names: frozen saves disk memory stored resume warm forks pager
-                                    touches touches-remote cli many check adopt
+                                    touches touches-remote at-once holders cli many check adopt
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import command_line, frozen, many, pager, resume, saves, touches
+from benchmarks import (
+    at_once,
+    command_line,
+    frozen,
+    many,
+    pager,
+    resume,
+    saves,
+    touches,
+)
 from benchmarks.guest import Bench
 from benchmarks.rows import Row, report
 
@@ -30,6 +39,8 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     "pager": pager.measure,
     "touches": touches.measure,
     "touches-remote": touches.measure_remote,
+    "at-once": at_once.forks,
+    "holders": at_once.holders,
     "cli": command_line.measure,
     "many": many.many,
     "check": many.check,

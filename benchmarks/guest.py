@@ -120,6 +120,11 @@ class Bench:
         self.run(sandbox, dirty_command())
 
 
+def ondemand_command(home: Home) -> list[str]:
+    """A daemon whose guests are served on demand unless asked otherwise, and no flat files made."""
+    return ["env", "DIAPAUSE_MEMORY_MODE=ondemand", *daemon_command(home)]
+
+
 def dirty_command() -> str:
     """What a guest runs to write a round's pages: the same file, in place."""
     copy = f"dd if=/dev/urandom of=/tmp/round bs=64k count={DIRTY_BLOCKS} conv=notrunc"
