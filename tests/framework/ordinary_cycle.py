@@ -29,16 +29,18 @@ def confinement(sandbox: Sandbox) -> dict[str, Any]:
     return msgspec.to_builtins(found)  # type: ignore[no-any-return]
 
 
-def pauses_and_resumes(daemon: Daemon, guest: Sandbox) -> None:
-    """Nothing lost, nothing twice."""
+def pauses_and_resumes(daemon: Daemon, guest: Sandbox) -> dict[str, Any]:
+    """Nothing lost, nothing twice; how its memory came, and what was said of it."""
     before, digests = guest.counted(), guest.digests()
     paused = guest.pause("disk")
     assert guest.inspect().state == "paused"
     assert guest.inspect().confinement is None
     daemon.packed(paused.snapshot)
-    assert guest.resume().warm
+    answer = guest.resume()
+    assert answer.warm
     guest.counts_beyond(before)
     assert guest.digests() == digests
+    return {"mode": answer.memory_mode, "notes": answer.notes}
 
 
 def main(home: Home) -> dict[str, Any]:
@@ -50,13 +52,13 @@ def main(home: Home) -> dict[str, Any]:
     digests = guest.rewrite()
     assert guest.exec("sh", "-c", "exit 7").returncode == 7
     assert not guest.save().already
-    pauses_and_resumes(daemon, guest)
+    found["resumes"] = [pauses_and_resumes(daemon, guest)]
     found["resumed"] = confinement(guest)
     # The next daemon is no ancestor of what the last one started, and captures it all the same.
     vmm = guest.vmm_pid
     daemon.kill()
     assert guest.vmm_pid == vmm
-    pauses_and_resumes(daemon, guest)
+    found["resumes"].append(pauses_and_resumes(daemon, guest))
     [fork] = guest.fork()
     assert fork.digests() == digests
     found["forked"] = confinement(fork)

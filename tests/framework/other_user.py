@@ -1,7 +1,8 @@
 """Running our own Python as a user without any privilege, whatever closes our files to it.
 
 The interpreter, its packages and the repository may lie where only root can look (a home directory,
-say). In a mount namespace of its own they are bound to a place that everybody can reach.
+say). In a mount namespace of its own they are bound to a place that everybody can reach, and
+`/dev/fuse` is everybody's there, as udev makes it: without udev it is root's alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ NOBODY = 65534
 _BIND = """
 set -eu
 for name in python site repo; do mkdir -p "$1/$name"; done
+mkdir -p "$1/dev"; mount -t tmpfs -o mode=755 dev "$1/dev"
+mknod -m 666 "$1/dev/fuse" c 10 229; mount --bind "$1/dev/fuse" /dev/fuse
 mount --bind "$2" "$1/python"; mount --bind "$3" "$1/site"; mount --bind "$4" "$1/repo"
 place=$1; shift 4
 export HOME="$place" LD_LIBRARY_PATH="$place/python/lib"

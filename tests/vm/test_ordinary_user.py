@@ -63,14 +63,20 @@ def cycle(place: Path, image: Image, within: tuple[str, ...] = ()) -> dict[str, 
         said = found[name]
         assert (said["uid"], said["capabilities"]) == (USER, "none"), name
         assert (said["no_new_privs"], said["seccomp"]) == (True, "filter"), name
-    assert all(check["ok"] for check in found["doctor"].values() if check["required"])
+    required = [check for check in found["doctor"].values() if check["required"]]
+    assert [check for check in required if not check["ok"]] == []
     assert found["doctor"]["vmm rights"]["ok"]
     return found
 
 
-def test_in_a_user_namespace(tiny_image: Image, place: Path) -> None:
-    """Each VMM has one of its own, and with it every other; nothing is missing."""
+def test_in_a_user_namespace(
+    tiny_image: Image, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each VMM has one of its own, and with it every other; nothing is missing, not even FUSE."""
+    monkeypatch.setenv("DIAPAUSE_MEMORY_MODE", "ondemand")
     found = cycle(place, tiny_image)
+    assert found["doctor"]["fuse"]["ok"]
+    assert found["resumes"] == [{"mode": "ondemand", "notes": []}] * 2
     for name in HAS_RUN:
         assert found[name]["namespaces"] == [*NAMESPACES, "user"], name
     user, namespaces = found["doctor"]["vmm user"], found["doctor"]["vmm namespaces"]
@@ -79,9 +85,19 @@ def test_in_a_user_namespace(tiny_image: Image, place: Path) -> None:
     assert namespaces["ok"]
 
 
-def test_without_user_namespaces(tiny_image: Image, place: Path) -> None:
-    """It works, and doctor says what is missing, what refused it, and what that costs."""
+def test_without_user_namespaces(
+    tiny_image: Image, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works, and doctor says what is missing, what refused it, and what that costs; memory is
+    copied, which the answers say."""
+    monkeypatch.setenv("DIAPAUSE_MEMORY_MODE", "ondemand")
     found = cycle(place, tiny_image, WITHOUT_USER_NAMESPACES)
+    assert not found["doctor"]["fuse"]["ok"]
+    assert [resume["mode"] for resume in found["resumes"]] == ["copy", "copy"]
+    for resume in found["resumes"]:
+        [note] = resume["notes"]
+        assert "user namespace" in note
+        assert "It was copied." in note
     for name in HAS_RUN:
         assert found[name]["namespaces"] == [], name
     user, namespaces = found["doctor"]["vmm user"], found["doctor"]["vmm namespaces"]

@@ -17,6 +17,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::sys::uio::writev;
 
+use crate::namespace;
 use crate::wire::{self, REQUEST_BYTES_MAX};
 
 /// Descriptors that requests are read from, each by a thread of its own.
@@ -36,6 +37,15 @@ nix::ioctl_read!(
     clone_device, 229, 0, u32
 );
 
+/// Who may reach the files of a mount, besides having a descriptor of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// Every user: a VMM has one of its own, who may ask for the size of what it was handed.
+    Everybody,
+    /// The one who mounts.
+    OneUser,
+}
+
 /// A connection to the kernel: the mount, and the device with its clones.
 #[derive(Debug)]
 pub struct Fuse {
@@ -44,13 +54,31 @@ pub struct Fuse {
 }
 
 impl Fuse {
-    /// Makes a new connection, whose INIT waits to be read.
+    /// Makes a new connection, whose INIT waits to be read; in a user namespace where an ordinary
+    /// user may not. (Root's VMMs have users of their own, who could not reach such a mount.)
     ///
     /// # Errors
     /// What the kernel says: no device, not allowed, too old.
     pub fn mount() -> io::Result<Self> {
+        match Self::mount_for(Audience::Everybody) {
+            Err(error)
+                if error.kind() == io::ErrorKind::PermissionDenied
+                    && !nix::unistd::geteuid().is_root() =>
+            {
+                namespace::mount()
+                    .map_err(|within| io::Error::new(error.kind(), format!("{error}; {within}")))
+            }
+            other => other,
+        }
+    }
+
+    /// Makes one with the rights that this process has.
+    ///
+    /// # Errors
+    /// As for [`Fuse::mount`].
+    pub fn mount_for(audience: Audience) -> io::Result<Self> {
         let first = open_device()?;
-        let mount = mount_of(&first)?;
+        let mount = mount_of(&first, audience)?;
         let mut devices = vec![first];
         while devices.len() < READERS {
             let clone = open_device()?;
@@ -207,7 +235,7 @@ fn open_device() -> io::Result<OwnedFd> {
 }
 
 /// A mount of a connection; who has no descriptor of it can't name a file on it.
-fn mount_of(device: &OwnedFd) -> io::Result<OwnedFd> {
+fn mount_of(device: &OwnedFd, audience: Audience) -> io::Result<OwnedFd> {
     // SAFETY: the name is NUL-terminated and outlives the call.
     let context =
         answered(unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), FSOPEN_CLOEXEC) })?;
@@ -225,8 +253,12 @@ fn mount_of(device: &OwnedFd) -> io::Result<OwnedFd> {
     ] {
         configure(&context, FSCONFIG_SET_STRING, Some(key), Some(value))?;
     }
-    // A VMM has a user of its own, who may ask for the size of what it was handed.
-    for flag in [c"ro", c"default_permissions", c"allow_other"] {
+    let flags = [c"ro", c"default_permissions", c"allow_other"];
+    let wanted = match audience {
+        Audience::Everybody => &flags[..],
+        Audience::OneUser => &flags[..2],
+    };
+    for flag in wanted {
         configure(&context, FSCONFIG_SET_FLAG, Some(flag), None)?;
     }
     configure(&context, FSCONFIG_CMD_CREATE, None, None)?;

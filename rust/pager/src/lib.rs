@@ -27,6 +27,7 @@ pub mod keep;
 pub mod keeper;
 pub mod kept;
 pub mod log;
+pub mod namespace;
 pub mod nodes;
 pub mod packet;
 pub mod prefetch;

@@ -1,6 +1,7 @@
 //! The two processes of a home: `diapause-pager start|first|keeper|pager NAME`.
 //!
 //! `probe`: whether this host lets us mount FUSE, tried and let go of.
+//! `mount`: mounts it in a user namespace, for whoever is at the end of its standard input.
 //! `start`: the daemon's word. It starts `first` and ends, so that the two are nobody's children.
 //! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: settings,
 //! and the socket for clients. It becomes the keeper and starts the pager.
@@ -15,14 +16,14 @@ use diapause_pager::fuse::Fuse;
 use diapause_pager::kept::Kept;
 use diapause_pager::process::Process;
 use diapause_pager::service::Service;
-use diapause_pager::{control, frames, keeper};
+use diapause_pager::{control, frames, keeper, namespace};
 
 fn main() -> ExitCode {
     let role = std::env::args().nth(1).unwrap_or_default();
     match run(&role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            eprintln!("usage: diapause-pager probe|start|first|keeper|pager NAME");
+            eprintln!("usage: diapause-pager probe|mount|start|first|keeper|pager NAME");
             ExitCode::from(2)
         }
         Err(error) => {
@@ -33,11 +34,15 @@ fn main() -> ExitCode {
 }
 
 fn run(role: &str) -> io::Result<()> {
-    if !matches!(role, "probe" | "start" | "first" | "keeper" | "pager") {
+    let roles = ["probe", "mount", "start", "first", "keeper", "pager"];
+    if !roles.contains(&role) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     if role == "probe" {
         return Fuse::mount().map(drop);
+    }
+    if role == "mount" {
+        return namespace::make(io::stdin().as_fd());
     }
     if role == "start" {
         let name = std::env::args().nth(2).unwrap_or_default();
