@@ -71,6 +71,7 @@ class SandboxRecord(msgspec.Struct, kw_only=True):
     snapshot: str | None = None  # its last completed capture, or what it was started from
     root: str | None = None  # the flat directory whose files the running process maps
     pager: str | None = None  # the pair that serves its memory and disks; None: plain files
+    cold_base: str | None = None  # the snapshot whose disks it serves to a guest that was booted
     captures: int = 0  # completed captures of the running process
     overlays: list[list[str]] = []  # per disk, file names since the last capture, oldest first
     frozen: bool = False  # its vCPUs stand because somebody asked for it, whatever else goes on

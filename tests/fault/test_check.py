@@ -12,9 +12,11 @@ from diapause.errors import SnapshotLost
 from diapause.model import CheckAnswer, CheckRequest, Damage, GcRequest
 from tests.fault.test_damage import flipped
 from tests.framework.fake_home import eventually
+from tests.framework.guest_fixtures import copying_daemon
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
+daemon = copying_daemon  # flat files are what some of these tests are about
 
 
 def check(daemon: Daemon, *, repair: bool = False) -> CheckAnswer:

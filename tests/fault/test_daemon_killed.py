@@ -156,13 +156,18 @@ def test_a_daemon_that_is_stopped_in_order_leaves_its_guests(
 
 def test_the_file_below_a_running_guest_may_be_made_anew(daemon: Daemon, counting: Sandbox) -> None:
     """A guest whose flat file was replaced under it is taken up all the same."""
+    counting.pause()
+    assert counting.resume(memory_mode="copy").memory_mode == "copy"
     value, digests = counting.counted(), counting.rewrite()
     root = daemon.record(counting.id).root
     assert root is not None
-    (daemon.home.flat_of(root) / "memory").touch()
-    with counting.forked(root):
-        daemon.kill()
-        check_whole(daemon, counting, value, digests)
+    flat = daemon.home.flat_of(root) / "memory"
+    flat.touch()
+    before = flat.stat().st_ino
+    daemon.make_flat_files(root)
+    assert flat.stat().st_ino != before
+    daemon.kill()
+    check_whole(daemon, counting, value, digests)
 
 
 def test_a_vmm_killed_while_there_is_no_daemon(daemon: Daemon, guest: Sandbox) -> None:

@@ -16,9 +16,11 @@ import pytest
 from diapause.errors import BlobDamaged, BlobMissing, DiapauseError
 from tests.framework.catalog_tap import Place, Tap
 from tests.framework.fake_home import eventually
+from tests.framework.guest_fixtures import copying_daemon
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
+daemon = copying_daemon  # flat files are what some of these tests are about
 
 PACKING = Place("packing", "snapshots", "NEW.state = 'packed'")
 

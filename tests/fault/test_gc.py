@@ -137,6 +137,8 @@ def test_a_capture_that_is_not_packed_keeps_its_parent(daemon: Daemon, guest: Sa
 
 def test_live_mappings_count_whatever_the_rows_say(daemon: Daemon, guest: Sandbox) -> None:
     """The kernel says what a VMM maps: a row that forgot it costs nobody a file."""
+    guest.pause()
+    assert guest.resume(memory_mode="copy").memory_mode == "copy"
     root = daemon.record(guest.id).root
     assert root is not None
     forget(daemon, guest.id, "NULL")

@@ -43,7 +43,7 @@ class Yard:
 
 @pytest.fixture
 def yard(tiny_image: Image) -> Iterator[Yard]:
-    with real_home(tiny_image) as daemon:
+    with real_home(tiny_image, DIAPAUSE_MEMORY_MODE="copy") as daemon:
         first, _ = daemon.run_as_asked()  # and keeps a ready snapshot
         first.rewrite(64)
         base = first.save("disk").snapshot

@@ -50,14 +50,10 @@ def refused(daemon: Daemon, kind: type[errors.DiapauseError]) -> Iterator[list[s
 
 
 def wait_settled(daemon: Daemon) -> None:
-    """Packing and flat files go on behind the verbs: wait, or they would look like a change."""
+    """Packing goes on behind the verbs: wait, or it would look like a change."""
     home = daemon.home
     for snapshot in daemon.client.snapshots():
         daemon.packed(snapshot.id)
-    for row in daemon.client.sandboxes(everything=True):
-        if row.state == "paused":
-            flat = home.flat_of(row.snapshot or "") / "flat.json"
-            eventually("the flat files", flat.exists, WAIT_S)
     being_written = (home.tmp, home.captures)
     eventually(
         "the end of the packing",

@@ -5,6 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diapause import _core
+
+if TYPE_CHECKING:
+    from tests.framework.sandbox import Daemon
+
+
+def flat_file(daemon: Daemon, snapshot: str, device: str, out: Path) -> Path:
+    """A device of a snapshot as a plain file, made of its builds once it is packed."""
+    daemon.packed(snapshot)
+    [found] = [row for row in daemon.snapshot(snapshot).devices if row.name == device]
+    header = daemon.home.snapshot(snapshot) / f"{device}.header"
+    _core.materialize(str(header), found.header_digest, str(daemon.home.builds), str(out))
+    return out
 
 
 def clean_copy(flat: Path, place: Path) -> Path:

@@ -18,6 +18,13 @@ def daemon(tiny_image: Image) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="module")
+def copying_daemon(tiny_image: Image) -> Iterator[Daemon]:
+    """One that makes flat files of what guests are started from, for tests of such files."""
+    with real_home(tiny_image, DIAPAUSE_MEMORY_MODE="copy") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def booted(daemon: Daemon) -> Sandbox:
     """The module's guest."""
     return daemon.run()

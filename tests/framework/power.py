@@ -27,7 +27,8 @@ from diapause.store import boot
 from diapause.store.home import Home
 from tests.framework.contents import same_bytes
 from tests.framework.disk_model import VARIANTS, Disk, State
-from tests.framework.sandbox import Daemon, Sandbox, remove_closed
+from tests.framework.disks import flat_file
+from tests.framework.sandbox import Daemon, remove_closed
 from tests.framework.strace import Call, recorded
 
 OPEN_S = 120.0
@@ -161,15 +162,13 @@ def _promises(calls: list[Call], said: list[bytes]) -> list[int]:
 
 
 def link_contents(daemon: Daemon, aside: Path, known: dict[str, dict[str, Path]]) -> None:
-    """For each other snapshot that can be had of a home, a link to each device's content."""
+    """For each other snapshot that can be had of a home, a file with each device's content."""
     for row in daemon.client.snapshots():
         if row.state != "packed" or row.id in known:
             continue
-        with Sandbox(daemon, "").forked(row.id):
-            place = daemon.home.flat_of(row.id)
-            known[row.id] = {d.name: aside / f"{row.id}-{d.name}" for d in row.devices}
-            for name, link in known[row.id].items():
-                link.hardlink_to(place / name)
+        known[row.id] = {d.name: aside / f"{row.id}-{d.name}" for d in row.devices}
+        for name, file in known[row.id].items():
+            flat_file(daemon, row.id, name, file)
 
 
 # -- a home after the cut ----------------------------------------------------------------------

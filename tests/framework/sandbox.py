@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diapause.catalog import Catalog, SandboxRecord
+from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
 from diapause.daemon.client import Client
 from diapause.daemon.start import DaemonCommand, daemon_command
 from diapause.model import (
@@ -130,8 +130,8 @@ class Sandbox:
     def save(self, durability: str = "process", **more: Any) -> CaptureAnswer:
         return self._client.save(self.id, _capture(durability, more))
 
-    def resume(self, *, cold: bool = False) -> ResumeAnswer:
-        return self._client.resume(self.id, ResumeRequest(cold=cold))
+    def resume(self, **how: Any) -> ResumeAnswer:
+        return self._client.resume(self.id, ResumeRequest(**how))
 
     def restore(self, snapshot: str, *, discard: bool = False) -> RestoreAnswer:
         return self._client.restore(self.id, RestoreRequest(snapshot=snapshot, discard=discard))
@@ -244,6 +244,28 @@ class Daemon:
             found = catalog.sandbox(sandbox)
         assert found is not None
         return found
+
+    def snapshot(self, snapshot: str) -> SnapshotRecord:
+        """A snapshot's row as the catalog has it."""
+        with contextlib.closing(Catalog(self.home.catalog)) as catalog:
+            found = catalog.snapshot(snapshot)
+        assert found is not None
+        return found
+
+    def handed(self, sandbox: str, device: str) -> Path:
+        """What the descriptor of a device that a VMM was handed is called: the pager's files have
+        no place, flat files have one."""
+        record = self.record(sandbox)
+        assert record.root is not None
+        served = Path(f"/{record.root}.{device}")
+        return served if record.pager is not None else self.home.flat_of(record.root) / device
+
+    def make_flat_files(self, snapshot: str) -> None:
+        """Have a snapshot's flat files made, as a resume that copies makes them."""
+        with Sandbox(self, "").forked(snapshot) as fork:
+            fork.freeze()
+            fork.restore(snapshot, discard=True)
+            assert fork.resume(memory_mode="copy").memory_mode == "copy"
 
     def packed(self, snapshot: str) -> None:
         """Wait until a snapshot is packed."""

@@ -273,8 +273,7 @@ class _Repair(Makes):
 
     def subject(self, ground: Ground) -> None:
         """A build of the base is damaged, whose pages are in the base's flat files."""
-        with ground.guest().forked(ground.base):
-            pass
+        ground.daemon.make_flat_files(ground.base)
         rows = {row.id: row for row in ground.daemon.client.snapshots()}
         base = ground.daemon.client.inspect_snapshot(ground.base)
         above = rows[base.parent].devices if base.parent in rows else []

@@ -8,7 +8,7 @@ removed to every file that restoring it would read.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from hypothesis import given
@@ -25,7 +25,9 @@ from diapause.sandbox.upkeep.garbage import Kind, Plan, World, is_removed, make_
 
 MEMORY, DISK = 1 << 27, 1 << 26
 IDENTITY = Identity("qemu", "8.0", "pc-q35-8.0", "max", "tcg")
-VERBS = ("run", "fork", "save", "pack", "pause", "resume", "rm", "forget", "gc")
+VERBS = (
+    "run", "fork", "save", "pack", "pause", "resume", "rm", "forget", "gc", "end", "cold",
+)  # fmt: skip
 
 
 def snapshot(name: str, sandbox: SandboxRecord) -> SnapshotRecord:
@@ -97,12 +99,23 @@ class MadeUpHome:
     def _pause(self, number: int) -> None:
         if row := self.pick(self.in_state("running"), number):
             self._save(self.in_state("running").index(row))
-            row.state, row.root, row.process = "paused", None, None
+            row.state, row.root, row.cold_base, row.process = "paused", None, None, None
 
     def _resume(self, number: int) -> None:
         if row := self.pick(self.in_state("paused"), number):
             row.state, row.root, row.process = "running", row.snapshot, Process(1, 1, "b")
             self.files["flat"].add(row.snapshot or "")
+
+    def _end(self, number: int) -> None:
+        if row := self.pick(self.in_state("running"), number):
+            row.state, row.root, row.cold_base, row.process = "stopped", None, None, None
+
+    def _cold(self, number: int) -> None:
+        """It boots on its disk: empty memory, and what its last snapshot's disk is read from."""
+        if row := self.pick(self.in_state("stopped"), number):
+            self.files["template"] |= {f"memory-{MEMORY}", f"ext4-{DISK}", f"overlay-{DISK}"}
+            self.files["build"].add("of-ext4")
+            row.state, row.cold_base, row.process = "running", row.snapshot, Process(1, 1, "b")
 
     def _rm(self, number: int) -> None:
         if row := self.pick(self.sandboxes, number):
@@ -177,6 +190,8 @@ class MadeUpHome:
         for row in self.sandboxes:
             if row.root is not None:
                 assert row.root in self.files["flat"]
+            if row.cold_base is not None:
+                self.check_restorable(row.cold_base)
             if row.snapshot is None:
                 assert {f"ext4-{DISK}", f"memory-{MEMORY}"} <= self.files["template"]
             else:  # also what its next capture is to stand on
@@ -234,3 +249,19 @@ def test_what_is_read_or_under_way_stays(
     for kind, name in plan.files:
         home.files[kind].remove(name)
     home.check_restorable(one)
+
+
+@given(HISTORIES)
+def test_where_memory_is_served_flat_files_wait_for_nobody(history: list[tuple[str, int]]) -> None:
+    """Those that a running guest maps stay; nothing else is planned because of it."""
+    home = MadeUpHome()
+    for verb, number in history:
+        home.take(verb, number)
+    copied = home.plan()
+    served = make_plan(replace(home.world(), copies=False))
+    assert served.rows == copied.rows
+    mapped = {row.root for row in home.sandboxes if row.root is not None}
+    kept = home.files["flat"] - {name for kind, name in served.files if kind == "flat"}
+    assert kept == mapped & home.files["flat"]
+    others = [[one for one in plan.files if one[0] != "flat"] for plan in (served, copied)]
+    assert others[0] == others[1]

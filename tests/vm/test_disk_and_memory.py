@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.disks import clean_copy
+from tests.framework.disks import clean_copy, flat_file
 from tests.framework.fake_home import eventually
 from tests.framework.sandbox import Daemon, Sandbox
 
@@ -62,8 +62,7 @@ def save_and_fork(daemon: Daemon, guest: Sandbox, saves: int, place: Path) -> No
     for snapshot in snapshots:
         with guest.forked(snapshot) as fork:
             found = check_fork(fork)
-        daemon.packed(snapshot)
-        saved_number = check_disk(daemon.home.flat_of(snapshot) / "disk0", place)
+        saved_number = check_disk(flat_file(daemon, snapshot, "disk0", place / "flat"), place)
         # The fork's writer went on until it was stopped.
         assert last[1] <= saved_number <= found[1], f"{snapshot} is of another instant"
         last = (found[0], saved_number)
@@ -83,6 +82,7 @@ def check_fork(fork: Sandbox) -> tuple[int, int]:
 def check_disk(flat: Path, place: Path) -> int:
     """The disk is clean; returns the number that is on it."""
     copy = clean_copy(flat, place)
+    flat.unlink()
     shown = subprocess.run(
         ["debugfs", "-R", "cat /number", str(copy)], capture_output=True, check=True
     )

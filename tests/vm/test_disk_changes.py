@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.framework.disks import clean_copy
+from tests.framework.disks import clean_copy, flat_file
 from tests.framework.sandbox import Daemon, Sandbox
 
 pytestmark = pytest.mark.vm
@@ -27,21 +27,20 @@ def test_a_trimmed_file_is_whole_before_and_gone_after(
     with guest.forked(after) as fork:
         assert fork.sh(f"{DROP}; ls /data/big 2>/dev/null || cat /data/small").strip() == "kept"
     for snapshot in (before, after):
-        daemon.packed(snapshot)
-        clean_copy(daemon.home.flat_of(snapshot) / "disk0", tmp_path).unlink()
+        flat = flat_file(daemon, snapshot, "disk0", tmp_path / snapshot)
+        clean_copy(flat, tmp_path).unlink()
 
 
-def test_a_trim_gives_the_space_back_in_the_next_snapshot(daemon: Daemon, guest: Sandbox) -> None:
+def test_a_trim_gives_the_space_back_in_the_next_snapshot(
+    daemon: Daemon, guest: Sandbox, tmp_path: Path
+) -> None:
     """Zero pages are not stored: the flat file of the later snapshot is smaller."""
     guest.sh(f"head -c 8000000 /dev/urandom >/data/big; {DROP}")
     before = guest.save("disk").snapshot
     guest.sh(f"rm /data/big; {DROP}; fstrim /data")
     after = guest.save("disk").snapshot
-    sizes = []
-    for snapshot in (before, after):
-        with guest.forked(snapshot):
-            flat = daemon.home.flat_of(snapshot) / "disk0"
-            sizes.append(flat.stat().st_blocks * 512)
+    flats = [flat_file(daemon, one, "disk0", tmp_path / one) for one in (before, after)]
+    sizes = [flat.stat().st_blocks * 512 for flat in flats]
     assert sizes[1] < sizes[0] - 6_000_000, sizes
 
 

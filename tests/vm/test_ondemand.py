@@ -11,16 +11,40 @@ from pathlib import Path
 
 import pytest
 
-from diapause.errors import DiapauseError
+from diapause.driver.process import find_by_argument
+from diapause.errors import BlobDamaged, BlobMissing, RestoreFailed
+from diapause.guest.images import Image
 from diapause.model import CaptureRequest, GcRequest, ResumeRequest
 from diapause.pager.client import Pager
+from diapause.pager.process import name_of
 from diapause.units import KIB, MIB
 from tests.framework.fake_home import eventually
-from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox
+from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox, real_home
 
 pytestmark = pytest.mark.vm
 
 ONDEMAND = ResumeRequest(memory_mode="ondemand")
+DROP = "echo 3 >/proc/sys/vm/drop_caches"
+
+
+@pytest.fixture(scope="module")
+def ondemand(tiny_image: Image) -> Iterator[Daemon]:
+    """A home where every verb serves memory and disks on demand."""
+    with real_home(tiny_image, DIAPAUSE_MEMORY_MODE="ondemand") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def first(ondemand: Daemon) -> Sandbox:
+    """Its guest."""
+    return ondemand.run()
+
+
+@pytest.fixture
+def sleeper(first: Sandbox) -> Iterator[Sandbox]:
+    """A fork of it."""
+    with first.forked() as fork:
+        yield fork
 
 
 def test_a_guest_runs_before_its_memory_is_read(daemon: Daemon, guest: Sandbox) -> None:
@@ -149,6 +173,119 @@ def test_a_removed_snapshot_is_served_as_long_as_a_guest_runs_on_it(
         assert f"{snapshot}.memory" not in pager.names()
 
 
+def test_a_cold_resume_stands_on_files_of_the_pager(ondemand: Daemon, sleeper: Sandbox) -> None:
+    """Its own disk over the last snapshot's, whose data stays although the snapshot was removed."""
+    daemon, guest = ondemand, sleeper
+    digests = guest.rewrite()
+    snapshot = guest.save("disk").snapshot
+    guest.sh("echo after >/data/said; sync")
+    os.kill(guest.vmm_pid, signal.SIGKILL)
+    eventually("its end", lambda: guest.state == "failed", WAIT_S)
+    booted = guest.resume(cold=True)
+    assert (booted.warm, booted.disk, booted.notes) == (False, "own", [])
+    assert [*daemon.home.flat.iterdir()] == []
+    assert served_names(daemon, guest) == [f"{snapshot}.disk0"]
+    daemon.packed(guest.save("disk").snapshot)
+    daemon.client.remove_snapshot(snapshot)
+    assert snapshot not in daemon.client.gc(GcRequest()).snapshots
+    disk = f"{DROP}; sha256sum /data/file; cat /data/said"
+    assert guest.sh(disk).splitlines() == [digests.splitlines()[1], "after"]
+    guest.pause("disk")
+    assert snapshot in daemon.client.gc(GcRequest()).snapshots
+    guest.resume()
+    assert guest.sh(disk).splitlines() == [digests.splitlines()[1], "after"]
+
+
+def served_names(daemon: Daemon, guest: Sandbox) -> list[str]:
+    served = daemon.client.inspect(guest.id).served
+    assert served is not None
+    return sorted(file["name"] for file in served["files"])
+
+
+def test_a_restored_guest_is_served(ondemand: Daemon, sleeper: Sandbox) -> None:
+    """Back and forth; nothing is materialized."""
+    daemon, guest = ondemand, sleeper
+    first, before = guest.rewrite(), guest.save("disk").snapshot
+    second = guest.rewrite(64)
+    answer = guest.restore(before)
+    assert (answer.state, answer.notes) == ("running", [])
+    assert guest.digests() == first
+    assert served_names(daemon, guest) == [f"{before}.disk0", f"{before}.memory"]
+    assert answer.saved is not None
+    assert guest.restore(answer.saved, discard=True).state == "running"
+    assert guest.digests() == second
+    assert [*daemon.home.flat.iterdir()] == []
+
+
+def test_nothing_is_given_up_for_a_snapshot_that_is_damaged(
+    ondemand: Daemon, sleeper: Sandbox
+) -> None:
+    """With --discard all of it is read first: there would be no way back."""
+    daemon, guest = ondemand, sleeper
+    guest.rewrite()
+    snapshot = guest.save("disk").snapshot
+    daemon.packed(snapshot)
+    digests, vmm = guest.rewrite(64), guest.vmm_pid
+    blob = own_build(daemon, snapshot)
+    with flipped_everywhere(blob), pytest.raises(RestoreFailed, match=blob.name):
+        guest.restore(snapshot, discard=True)
+    assert (guest.state, guest.vmm_pid) == ("running", vmm)
+    assert guest.digests() == digests
+
+
+def test_a_missing_build_is_seen_before_anything_starts(ondemand: Daemon, sleeper: Sandbox) -> None:
+    daemon, guest = ondemand, sleeper
+    digests = guest.rewrite()
+    snapshot = guest.pause("disk").snapshot
+    daemon.packed(snapshot)
+    blob = own_build(daemon, snapshot)
+    away = blob.rename(blob.with_name("away"))
+    try:
+        with pytest.raises(BlobMissing, match=blob.name):
+            guest.resume()
+        assert guest.state == "paused"
+    finally:
+        away.rename(blob)
+    guest.resume()
+    assert guest.digests() == digests
+
+
+def own_build(daemon: Daemon, snapshot: str) -> Path:
+    """A build of its memory that its parent does not have."""
+    rows = {row.id: row for row in daemon.client.snapshots()}
+    parent = rows.get(rows[snapshot].parent or "")
+    older = {build for device in parent.devices for build in device.builds} if parent else set()
+    [memory] = [device for device in rows[snapshot].devices if device.name == "memory"]
+    return daemon.home.builds / next(build for build in memory.builds if build not in older)
+
+
+def test_the_pair_ends_with_its_daemon_unless_a_guest_runs_on_it(
+    ondemand: Daemon, sleeper: Sandbox
+) -> None:
+    daemon, guest = ondemand, sleeper
+    digests = guest.rewrite()
+    pair = find_by_argument(name_of(daemon.home))
+    assert len(pair) == 2
+    daemon.stop()
+    assert guest.digests() == digests
+    assert find_by_argument(name_of(daemon.home)) == pair
+    guest.pause()
+    daemon.stop()
+    eventually("their end", lambda: not find_by_argument(name_of(daemon.home)), WAIT_S)
+    guest.resume()
+    assert guest.digests() == digests
+
+
+def test_a_ready_snapshot_is_served(ondemand: Daemon) -> None:
+    first, _ = ondemand.run_as_asked()
+    first.remove()
+    second, answer = ondemand.run_as_asked()
+    assert (answer.warm, answer.notes) == (True, [])
+    assert len(served_names(ondemand, second)) == 2
+    assert [*ondemand.home.flat.iterdir()] == []
+    second.remove()
+
+
 def test_a_damaged_build_ends_the_guest_with_its_name(daemon: Daemon, guest: Sandbox) -> None:
     """The guest never sees it: it waits, then its VMM is killed; mended, it can be resumed."""
     digests = guest.rewrite()
@@ -160,7 +297,7 @@ def test_a_damaged_build_ends_the_guest_with_its_name(daemon: Daemon, guest: San
     with contextlib.ExitStack() as damage:
         for blob in blobs:
             damage.enter_context(flipped_everywhere(blob))
-        with contextlib.suppress(DiapauseError):  # whichever page is wanted first
+        with contextlib.suppress(BlobDamaged):  # whichever page is wanted first
             daemon.client.resume(guest.id, ONDEMAND)
         eventually("its end", lambda: guest.state in ("failed", "paused"), WAIT_S)
         told = daemon.home.pager_log.read_text()

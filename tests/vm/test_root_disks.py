@@ -16,7 +16,7 @@ import pytest
 from diapause.errors import InvalidRequest
 from diapause.guest.images import Image
 from diapause.units import GIB, MIB
-from tests.framework.disks import clean_copy
+from tests.framework.disks import clean_copy, flat_file
 from tests.framework.sandbox import Daemon, Sandbox, real_home
 
 pytestmark = pytest.mark.vm
@@ -86,7 +86,7 @@ def test_pip_installs_without_a_network_and_what_it_installed_is_in_every_copy(
             assert fork.sh(show) == "42\n"
             fork.sh("rm /srv/data")
             assert guest.sh("sha256sum -c /srv/sum") == "/srv/data: OK\n"
-    disk = clean_copy(python_daemon.home.flat_of(snapshot) / "disk0", tmp_path)
+    disk = clean_copy(flat_file(python_daemon, snapshot, "disk0", tmp_path / "flat"), tmp_path)
     shown = subprocess.run(
         ["debugfs", "-R", "cat /srv/sum", str(disk)], capture_output=True, text=True, check=True
     )

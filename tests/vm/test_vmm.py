@@ -39,9 +39,7 @@ def test_the_vmm_gets_its_files_by_descriptor(daemon: Daemon, guest: Sandbox) ->
     """A resumed VMM has no path of the home on its command line, and its memory is read-only."""
     arguments = arguments_of(guest.vmm_pid)
     assert not [word for word in arguments if str(daemon.home.root) in word]
-    parent = guest.inspect().parent
-    assert parent is not None
-    memory = daemon.home.flat_of(parent) / "memory"
+    memory = daemon.handed(guest.id, "memory")
     descriptors = Path(f"/proc/{guest.vmm_pid}/fd")
     held = [fd for fd in descriptors.iterdir() if fd.readlink() == memory]
     assert held, "the memory file is not open"

@@ -62,6 +62,8 @@ class Pager:
             except Absent as error:
                 if not start:
                     raise PagerUnavailable(cause="the pager does not run") from error
+            if (cause := process.probe()) is not None:  # sooner than a pair that tries in vain
+                raise PagerUnavailable(cause=cause)
             process.start(self._home)
             try:
                 return self._hello()
@@ -91,8 +93,8 @@ class Pager:
                 return None
 
     def path(self, name: str) -> Path:
-        """Where a file of the pager is opened; only after `pair`."""
-        return Path(f"/proc/self/fd/{self._mount}/{name}")
+        """Where a file of the pager is opened, by us or a tool that we run; only after `pair`."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._mount}/{name}")
 
     def put(self, name: str, spec: dict[str, Any]) -> None:
         """A file, new or pointed elsewhere."""
@@ -142,8 +144,11 @@ class Pager:
         return self.ask({"totals": {}})
 
     def stop(self) -> None:
-        """End both processes; refused while a VMM runs on a file."""
+        """End both processes, and wait for it; refused while a VMM runs on a file."""
         self.ask({"stop": {}})
+        deadline = time.monotonic() + PAGER_S
+        while self.instance() is not None and time.monotonic() < deadline:
+            time.sleep(_BETWEEN_S)
 
     def ask(self, what: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """One request; raises PagerUnavailable where nobody answers or it is refused."""

@@ -96,7 +96,7 @@ class Captures(Part):
                 raise
             record = self.catalog.sandbox(packed.sandbox)
             waits = record and record.state == "paused" and record.snapshot == snapshot
-            if waits and not self.host.ondemand.wanted(None):  # else nobody asks for flat files
+            if waits and not self.host.ondemand.usual():  # else nobody asks for flat files
                 self.host.flats.ensure(packed)
 
         return self.host.behind(f"pack {snapshot}", work)

@@ -60,6 +60,7 @@ class Cold(Start):
     def do_disks(self) -> None:
         """Which disk it is; nothing is changed but what two failed saves left in two overlays."""
         self.record.state, self.record.root = "resuming", None
+        self.record.pager, self.record.cold_base = None, None
         self.host.catalog.put_sandbox(self.record)
         end_orphan(self.host, self.sandbox)
         own_overlays_back(self.host, self.record)  # of an attempt that the host did not survive
@@ -98,16 +99,26 @@ class Cold(Start):
                     cause = (snapshot.error or {}).get("message", "unknown")
                     raise SnapshotLost(snapshot=snapshot.id, cause=cause)
                 with self.host.leases.hold(snapshot.id):
-                    flat = self.host.flats.ensure(snapshot)
+                    self.disks = self._disks_of(snapshot)
             except _LOST as error:
                 damage = damage or error
                 continue
-            self.disks = [flat.files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
             if damage is not None:
                 self._say_fallen_back(snapshot.id, damage)
             return
         assert damage is not None
         raise damage
+
+    def _disks_of(self, snapshot: SnapshotRecord) -> list[Path]:
+        """A snapshot's disks, all of them read: damage is found before a guest stands on them."""
+        names = [f"disk{i}" for i in range(len(self.record.disks_bytes))]
+        if self.ondemand:
+            self.host.ondemand.served.verify(snapshot, names)
+            self.record.cold_base = snapshot.id  # gc keeps it as long as somebody runs on it
+        files = self.files_of(snapshot)
+        if not self.ondemand:
+            self.record.cold_base = None
+        return [files[name] for name in names]
 
     def _lineage(self) -> Iterator[SnapshotRecord]:
         """The last snapshot and its ancestors."""
@@ -176,7 +187,7 @@ class Cold(Start):
         """It is stopped or failed as it was, on the overlays that it had."""
         if self.disk == "own":
             self.was.overlays = self.record.overlays  # as far as they were folded
-        self.was.root = self.stands_on
+        self.was.root, self.was.pager, self.was.cold_base = self.stands_on, None, None
         ended_again(self.host, self.was)
         self.guest.cut("the sandbox could not be started")
 

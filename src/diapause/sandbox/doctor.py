@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diapause.errors import DiapauseError
 from diapause.guest.images import find_image
@@ -214,10 +214,11 @@ def _try_tracking(engine: Engine, sandbox: str) -> Check:
 
 def _try_resume(engine: Engine, sandbox: str) -> Check:
     engine.pause(sandbox, CaptureRequest(durability="process"))
-    resumed = engine.resume(sandbox, ResumeRequest())
+    mode: Literal["ondemand", "copy"] = "ondemand" if engine.host.ondemand.usual() else "copy"
+    resumed = engine.resume(sandbox, ResumeRequest(memory_mode=mode))
     return Check(
         name="resume", ok=resumed.warm and not resumed.notes,
-        detail="; ".join([f"agent after {resumed.ready_ms:.0f} ms", *resumed.notes]),
+        detail="; ".join([f"agent after {resumed.ready_ms:.0f} ms, {mode}", *resumed.notes]),
     )  # fmt: skip
 
 

@@ -226,8 +226,8 @@ class Host:
             reason = over_memory or reason
         if not reason.startswith("guest-") and self.driver.leaves.killed(record.id):
             reason = "the VMM was killed by its memory limit"
-        record.process, record.root, record.reason = None, None, reason
-        record.pager = None
+        record.process, record.reason = None, reason
+        record.root, record.pager, record.cold_base = None, None, None
         record.frozen = False
         record.state = "stopped" if reason.startswith("guest-") else "failed"
         if record.state == "failed":

@@ -135,7 +135,7 @@ class HomeCollector:
                     place.name if place.parent == home.root else "buffers": _bytes_below(place)
                     for place in (
                         home.images, home.builds, home.snapshots, home.captures, home.flat,
-                        home.sandboxes, home.templates, home.tmp, home.buffers,
+                        home.sandboxes, home.templates, home.served, home.tmp, home.buffers,
                     )
                 }  # fmt: skip
                 self._sized_at = time.monotonic()

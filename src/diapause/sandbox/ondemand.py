@@ -18,6 +18,7 @@ from diapause.driver.process import Pidfd
 from diapause.errors import DiapauseError, PagerUnavailable
 from diapause.limits import VMM_EXIT_S
 from diapause.model import Stalled
+from diapause.pager import process
 from diapause.pager.client import Pager
 from diapause.sandbox import residence
 from diapause.sandbox.admit import available_memory
@@ -51,28 +52,48 @@ class Ondemand:
         """Whether memory is served on demand: what was asked for, else what the daemon was told."""
         return (asked or os.environ.get("DIAPAUSE_MEMORY_MODE", "copy")) == "ondemand"
 
+    def usual(self) -> bool:
+        """Whether guests that nobody says otherwise of are served on demand here; it is tried."""
+        return self.wanted(None) and process.probe() is None
+
     def serve(self, record: SandboxRecord, source: SnapshotRecord) -> dict[str, Path]:
         """The files of a snapshot, by device; the row says whose they are.
 
         Raises PagerUnavailable.
         """
+        self.served.check(source)
         pair = self.pager.pair(start=True)
         names = self.served.files(source, pair.instance)
         record.pager = pair.instance
         self._catalog.put_sandbox(record)
-        self.traces.replay(source, available_memory() // 4)
+        if record.cold_base is None:  # else nobody wants its memory
+            self.traces.replay(source, available_memory() // 4)
         return {device: self.pager.path(name) for device, name in names.items()}
 
-    def attach(self, record: SandboxRecord, source: SnapshotRecord, process: ProcessRef) -> None:
+    def make_ready(self, source: SnapshotRecord, *, whole: bool) -> None:
+        """The files of a snapshot that a guest is about to be put back to; with `whole` nothing of
+        it is damaged, else that is seen when the guest touches it.
+
+        Raises PagerUnavailable; BlobMissing and BlobDamaged.
+        """
+        self.served.check(source)
+        self.served.files(source, self.pager.pair(start=True).instance)
+        if whole:
+            self.served.verify(source, [device.name for device in source.devices])
+
+    def attach(self, record: SandboxRecord, source: SnapshotRecord | None, vmm: ProcessRef) -> None:
         """From here on the pager knows whose access it answers; raises PagerUnavailable."""
-        devices = ["memory", *(f"disk{i}" for i in range(len(record.disks_bytes)))]
-        pidfd = Pidfd(process)
+        devices = [f"disk{i}" for i in range(len(record.disks_bytes))]
+        if record.cold_base is None:
+            devices.append("memory")
+        pidfd = Pidfd(vmm)
         with contextlib.closing(pidfd):
             if pidfd.fileno() < 0:
                 raise PagerUnavailable(cause="the VMM has ended")
-            files = [f"{record.root}.{device}" for device in devices]
+            files = [f"{record.cold_base or record.root}.{device}" for device in devices]
             self.pager.attach(record.id, files, pidfd.fileno())
-        self.traces.begin(record.id, source)
+        if source is not None:
+            self.traces.begin(record.id, source)
 
     def ended(self, record: SandboxRecord) -> str | None:
         """A VMM is gone: let go of it. Why it was killed, where that was over its memory."""
@@ -88,11 +109,20 @@ class Ondemand:
             return None
         return f"{killed['blob']} could not be served: {killed['cause']}" if killed else None
 
-    def end_if_lost(self, record: SandboxRecord, process: ProcessRef) -> None:
+    def killed(self, record: SandboxRecord) -> dict[str, Any] | None:
+        """Why the pager killed a sandbox's VMM, where it did and it is not let go of yet."""
+        try:
+            killed: dict[str, Any] | None = self.pager.seen(record.id)["killed"]
+        except PagerUnavailable as error:
+            log.warning("%s: whether the pager ended it is not known: %s", record.id, error)
+            return None
+        return killed
+
+    def end_if_lost(self, record: SandboxRecord, vmm: ProcessRef) -> None:
         """End a VMM whose pager and keeper are both dead."""
         if not self.is_lost(record):
             return
-        pidfd = Pidfd(process)
+        pidfd = Pidfd(vmm)
         pidfd.kill()
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
@@ -159,8 +189,10 @@ class Ondemand:
         """Take up the files that an earlier daemon left, if there is a pager."""
         try:
             self.traces.sweep()
-            self.pager.pair(start=False)
-            self.served.adopt()
+            if self.pager.instance() is None:
+                self.served.sweep()
+            else:
+                self.served.adopt()
         except (DiapauseError, OSError) as error:
             log.info("no files of a pager are taken up: %s", error)
 
@@ -176,6 +208,10 @@ class Ondemand:
             log.warning("files of snapshots that are gone stay: %s", error)
 
     def close(self) -> None:
-        """Let go of it; pager, keeper and guests go on."""
+        """Let go of it; it goes on where guests run on it, and ends where none does."""
         self.served.close()
+        try:
+            self.pager.stop()
+        except PagerUnavailable as error:
+            log.info("the pager is not stopped: %s", error)
         self.pager.close()

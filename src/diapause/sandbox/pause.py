@@ -46,7 +46,8 @@ class Pause(Capture):
         record = self.record
         for names in record.overlays:
             self._drop_overlays(names)
-        record.state, record.process, record.root, record.pager = "paused", None, None, None
+        record.state, record.process = "paused", None
+        record.root, record.pager, record.cold_base = None, None, None
         record.captures, record.overlays, record.tracker = 0, [], False
         record.frozen = False
         self.host.guests.pop(record.id, None)

@@ -327,7 +327,8 @@ def ended_again(host: Host, record: SandboxRecord) -> None:
     own_overlays_back(host, record)
     by_itself = (record.reason or "").startswith("guest-")
     record.state = "stopped" if by_itself else "failed"
-    record.process, record.root = None, None
+    host.ondemand.ended(record)
+    record.process, record.root, record.pager, record.cold_base = None, None, None, None
     host.catalog.put_sandbox(record)
 
 
@@ -361,7 +362,8 @@ def settle_paused(host: Host, record: SandboxRecord) -> None:
         path.unlink()
     forget_failures(host, record)
     host.ondemand.ended(record)
-    record.state, record.process, record.root, record.pager = "paused", None, None, None
+    record.state, record.process = "paused", None
+    record.root, record.pager, record.cold_base = None, None, None
     record.overlays, record.captures, record.tracker = [], 0, False
     record.frozen = False
     host.catalog.put_sandbox(record)

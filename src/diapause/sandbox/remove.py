@@ -64,7 +64,7 @@ class Remove(Verb):
     def do_publish(self) -> None:
         """The row: gone. Its name is free."""
         self.record.state, self.record.name = "removed", None
-        self.record.process, self.record.root = None, None
+        self.record.process, self.record.root, self.record.cold_base = None, None, None
         self.host.catalog.put_sandbox(self.record)
 
     def undo(self, step: str, error: BaseException) -> None:

@@ -1,6 +1,7 @@
 """restore: a sandbox is put back to a snapshot.
 
-    ready    the snapshot's files are there and verified: nothing is given up before
+    ready    the snapshot's files are there: nothing is given up before; with `discard` all of it
+             is read and verified, else only what the guest touches, later
     save     what runs is paused, or its guest is given up (`discard`)
     point    the row: paused at the snapshot; from here on there is no way back
     end      the VMM, where it still runs
@@ -13,11 +14,12 @@ it, or at the snapshot.
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from diapause.errors import DiapauseError
+from diapause.errors import DiapauseError, PagerUnavailable
 from diapause.sandbox.recovery import settle_paused
 from diapause.sandbox.remove import end_orphan
 from diapause.sandbox.verb import Verb
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.sandbox.host import Host
+
+log = logging.getLogger("diapause.restore")
 
 
 class Restore(Verb):
@@ -48,11 +52,20 @@ class Restore(Verb):
         self.pointed = False
 
     def do_ready(self) -> None:
-        """The flat files and the device state of where it goes."""
-        with self.host.leases.hold(self.target.id):
-            self.target = self.host.catalog.snapshot(self.target.id) or self.target
-            self.host.flats.ensure(self.target)
-            self.host.flats.device_state(self.target)
+        """The files and the device state of where it goes; whole, where there is no way back."""
+        host = self.host
+        with host.leases.hold(self.target.id):
+            self.target = host.catalog.snapshot(self.target.id) or self.target
+            host.flats.verify_small(self.target)
+            host.flats.device_state(self.target)
+            if not host.ondemand.wanted(None):
+                host.flats.ensure(self.target)
+                return
+            try:
+                host.ondemand.make_ready(self.target, whole=self.pause is None)
+            except PagerUnavailable as error:  # the resume says so
+                log.info("restore of %s: %s", self.sandbox, error)
+                host.flats.ensure(self.target)
 
     def do_save(self) -> None:
         """Its present state, unless nobody wants it."""

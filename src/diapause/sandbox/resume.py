@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diapause.driver.qemu.command import LAYOUT, guest_visible
-from diapause.errors import PagerUnavailable, SnapshotIncompatible, SnapshotLost
+from diapause.errors import SnapshotIncompatible, SnapshotLost
 from diapause.guest.images import find_image
 from diapause.sandbox.host import vmm_identity
 from diapause.sandbox.ready import is_ready
@@ -52,7 +52,6 @@ class FromSnapshot(Start):
     def __init__(self, host: Host, record: SandboxRecord, source: SnapshotRecord) -> None:
         super().__init__(host, record, source)
         self.origin = "capture" if source.state == "captured" else "local"
-        self.ondemand = host.ondemand.wanted(None)
         self.faults_before: dict[str, int] = {}
 
     def do_materialize(self) -> None:
@@ -61,32 +60,15 @@ class FromSnapshot(Start):
         self._enter()
         with self.host.leases.hold(self.source.id):
             self.source = self.host.catalog.snapshot(self.source.id) or self.source
-            files = self._served() if self.ondemand else None
-            files = files or self.host.flats.ensure(self.source).files
+            files = self.files_of(self.source)
             self.memory = files["memory"]
             self.disks = [files[f"disk{i}"] for i in range(len(self.record.disks_bytes))]
             self.state = self.host.flats.device_state(self.source).open("rb")
 
-    def _served(self) -> dict[str, Path] | None:
-        """Files of the pager; None, and why, where it can't be had."""
-        assert self.source is not None
-        try:
-            self.host.flats.verify_small(self.source)
-            found = self.host.ondemand.serve(self.record, self.source)
-        except PagerUnavailable as error:
-            self.ondemand = False
-            self.notes.append(f"{error.message} It was copied.")
-            return None
-        return found
-
     def do_spawn(self) -> None:
-        """The process; the pager knows whose accesses it answers before the guest runs."""
+        """The process; what the pager served of its files before is not its doing."""
         super().do_spawn()
-        if self.ondemand and self.guest.machine is not None:
-            assert self.source is not None
-            self.host.ondemand.attach(self.record, self.source, self.guest.machine.process)
-            self.host.pager_watch.begin()
-            self.faults_before = self.host.ondemand.faults(self.record)
+        self.faults_before = self.host.ondemand.faults(self.record)
 
     def fetched(self) -> dict[str, Any]:
         """What the pager did for this guest until now, as an answer says it."""
@@ -106,7 +88,8 @@ class FromSnapshot(Start):
         assert self.source is not None
         self.record.root, self.record.cold = self.source.id, False
         self.record.snapshot = self.source.id
-        self.record.identity, self.record.pager = self.source.identity, None
+        self.record.identity = self.source.identity
+        self.record.pager, self.record.cold_base = None, None
         self.host.catalog.put_sandbox(self.record)
 
 

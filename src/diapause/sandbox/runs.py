@@ -88,10 +88,12 @@ class Runs(Part):
                     self._pack(verb.kept)
 
     def _pack(self, snapshot: str) -> None:
-        """Behind the run: pack it, and have its flat files there for the next one."""
+        """Behind the run: pack it, and have flat files there for the next one if it copies."""
 
         def flat() -> None:
             found = self.catalog.snapshot(snapshot)
+            if self.host.ondemand.usual():
+                return  # nobody asks for flat files
             if found is not None and found.state == "packed":
                 self.host.flats.ensure(found)
 

@@ -22,9 +22,12 @@ from diapause.driver.base import BootFiles, DiskFiles, StartPlan
 from diapause.errors import (
     AgentRefused,
     AgentUnreachable,
+    BlobDamaged,
     DiapauseError,
     ExecCut,
+    PagerUnavailable,
     VmmFailed,
+    VmmTimeout,
 )
 from diapause.guest.images import find_image
 from diapause.guest.link import Identity
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
     from diapause.catalog import SandboxRecord, SnapshotRecord
     from diapause.driver.qemu.machine import QemuMachine
     from diapause.sandbox.host import Host
+
+# What a VMM that ends under a verb looks like to whoever waits for its guest.
+_UNANSWERED = (VmmTimeout, AgentUnreachable, ExecCut)
 
 
 class Start(Verb):
@@ -63,7 +69,22 @@ class Start(Verb):
         self.disks: list[Path]  # the read-only files below the overlays
         self.state: BinaryIO | None = None  # open: packing may remove its file meanwhile
         self.notes: list[str] = []
+        self.ondemand = host.ondemand.wanted(None)
         self.overlays_safe: Future[None] | None = None
+
+    def files_of(self, source: SnapshotRecord) -> dict[str, Path]:
+        """A snapshot's devices as files: the pager's, or flat ones where it can't be had.
+
+        Whoever asks holds a lease of the snapshot.
+        """
+        if self.ondemand:
+            try:
+                self.host.flats.verify_small(source)
+                return self.host.ondemand.serve(self.record, source)
+            except PagerUnavailable as error:
+                self.ondemand = False
+                self.notes.append(f"{error.message} It was copied.")
+        return self.host.flats.ensure(source).files
 
     # -- the steps -------------------------------------------------------------------------------
 
@@ -93,12 +114,16 @@ class Start(Verb):
         fsync_path(self.directory.parent)  # of a new sandbox the directory is new as well
 
     def do_spawn(self) -> None:
-        """The process; the row names it before it is given anything."""
+        """The process; the row names it before it is given anything, and the pager knows whose
+        accesses it answers before the guest runs."""
         machine = self.host.driver.start(self._plan())
         self.guest.machine = machine
         process = machine.process
         self.record.process = Process(process.pid, process.start_ticks, process.boot_id)
         self.host.catalog.put_sandbox(self.record)
+        if self.record.pager is not None:
+            self.host.ondemand.attach(self.record, self.source, process)
+            self.host.pager_watch.begin()
 
     def _plan(self) -> StartPlan:
         record = self.record
@@ -179,6 +204,14 @@ class Start(Verb):
 
     # -- failure ---------------------------------------------------------------------------------
 
+    def _typed(self, step: str, error: BaseException) -> BaseException:
+        """A VMM that was killed over what could not be served failed for that, whoever saw it."""
+        if self.record.pager is not None and isinstance(error, (VmmFailed, *_UNANSWERED)):
+            killed = self.host.ondemand.killed(self.record)
+            if killed is not None:
+                return BlobDamaged(blob=killed["blob"], cause=killed["cause"])
+        return super()._typed(step, error)
+
     def undo(self, step: str, error: BaseException) -> None:
         """No process and no file of this attempt stays."""
         self.host.guests.pop(self.record.id, None)
@@ -190,7 +223,8 @@ class Start(Verb):
             self.state.close()
         self.drop_overlays()
         self.host.ondemand.ended(self.record)
-        self.record.process, self.record.root, self.record.pager = None, None, None
+        self.record.process, self.record.root = None, None
+        self.record.pager, self.record.cold_base = None, None
         self.put_back(error)
 
     def drop_overlays(self) -> None:

@@ -51,7 +51,7 @@ class Starts(Part):
                     snapshot=record.snapshot, already=True,
                 )  # fmt: skip
             if request.cold:
-                return self._cold(record)
+                return self._cold(record, request)
             require(record, "resume", "paused")
             snapshot = self.snapshot_of(record)
             check_snapshot(self.host, snapshot)
@@ -64,7 +64,7 @@ class Starts(Part):
             memory_mode="ondemand" if verb.ondemand else "copy", **verb.fetched(),
         )  # fmt: skip
 
-    def _cold(self, record: SandboxRecord) -> ResumeAnswer:
+    def _cold(self, record: SandboxRecord, request: ResumeRequest) -> ResumeAnswer:
         """Boot what ended on its own disk; never taken for what a warm resume is."""
         require(record, "resume --cold", "stopped", "failed")
         admit.check_memory("The sandbox", record.memory_bytes)
@@ -72,6 +72,7 @@ class Starts(Part):
         identity = self.host.driver.identity(accelerator.choose(self.host, image))
         record.identity = row_identity(identity)
         verb = Cold(self.host, record)
+        verb.ondemand = self.host.ondemand.wanted(request.memory_mode)
         verb.execute()
         return ResumeAnswer(
             sandbox=record.id, warm=False, ready_ms=verb.elapsed_ms, source="local",

@@ -17,8 +17,17 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from diapause.errors import DiapauseError, PagerUnavailable, SnapshotNotFound
-from diapause.snapshot.headers import DeviceHeader, Headers
+from diapause import _core, operation
+from diapause.errors import (
+    BlobDamaged,
+    BlobMissing,
+    DiapauseError,
+    PagerUnavailable,
+    SnapshotNotFound,
+    StorageFailed,
+)
+from diapause.snapshot.flats import blobs_of
+from diapause.snapshot.headers import DeviceHeader, Headers, damage_by_place
 from diapause.store.files import write_file
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
     from diapause.store.templates import Templates
 
 log = logging.getLogger("diapause.served")
+_AT_ONCE = 4
 
 
 class Served:
@@ -57,6 +67,43 @@ class Served:
                 there = (instance, record.state, self._point(record))
                 self._pointed[record.id] = there
             return there[2]
+
+    def check(self, record: SnapshotRecord) -> None:
+        """What costs little to see before a guest runs: every blob is there, headers are whole.
+
+        Raises BlobMissing and BlobDamaged.
+        """
+        if record.state == "captured":
+            return  # its provisional header is made of what there is
+        for blob in blobs_of(self._home, record):
+            if not blob.exists():
+                raise BlobMissing(blob=str(blob.relative_to(self._home.root)))
+        with damage_by_place(self._catalog):
+            for device in record.devices:
+                header = self._home.snapshot(record.id) / f"{device.name}.header"
+                _core.header_info(str(header), device.header_digest)
+
+    def verify(self, record: SnapshotRecord, devices: list[str]) -> None:
+        """Read all that these devices are made of to its end, whoever else reads it.
+
+        Raises BlobMissing and BlobDamaged; StorageFailed where something could not be read.
+        """
+        jobs: dict[tuple[str, str, str], str] = {}
+        with (
+            damage_by_place(self._catalog),
+            Headers(self._home, self._catalog, self._templates, self._leases) as headers,
+        ):
+            for device in devices:
+                header = headers.of(record, device)
+                for build, _ in _core.header_info(str(header.path), header.digest).builds:
+                    if build not in header.places:
+                        path = self._home.builds / build
+                        jobs["build", str(path), build] = f"builds/{build}"
+                for place in header.places.values():
+                    if not place.map:  # an overlay has no digest; its structure was looked at
+                        spill = str(place.spill) if place.spill else ""
+                        jobs["capture", str(place.path), spill] = f"captures/{record.id}/{device}"
+            _read(jobs)
 
     def packed(self, record: SnapshotRecord) -> None:
         """A snapshot was packed: files that point to its capture point to its builds from now on.
@@ -86,6 +133,11 @@ class Served:
                 except DiapauseError as error:
                     log.warning("%s is served as it was: %s", snapshot, error)
             self._sweep(known)
+
+    def sweep(self) -> None:
+        """No pager is there: nothing that was kept for one is of any use."""
+        with self._guard:
+            self._sweep(set())
 
     def forget(self, snapshot: str) -> None:
         """Let go of a snapshot's files, where no VMM runs on them."""
@@ -185,3 +237,19 @@ class Served:
             for path in self._directory.iterdir():
                 if path.name.partition(".")[0] not in known:
                     path.unlink(missing_ok=True)
+
+
+def _read(jobs: dict[tuple[str, str, str], str]) -> None:
+    """Some at a time: between two lots it can be cancelled."""
+    asked = list(jobs)
+    for first in range(0, len(asked), _AT_ONCE):
+        operation.checkpoint()
+        operation.progress(first, len(asked), "verifying")
+        lot = asked[first : first + _AT_ONCE]
+        for at, cause, kind in _core.check_blobs(lot, _AT_ONCE):
+            blob = jobs[lot[at]]
+            if kind == "missing":
+                raise BlobMissing(blob=blob)
+            if kind == "damaged":
+                raise BlobDamaged(blob=blob, cause=cause)
+            raise StorageFailed(what=blob, cause=cause)

@@ -40,7 +40,7 @@ def check_unused(catalog: Catalog, record: SnapshotRecord) -> None:
 
 def kept_for(sandboxes: list[SandboxRecord], snapshots: list[SnapshotRecord], one: str) -> str:
     """Who keeps the files of a removed snapshot from gc, in words; empty where nobody does."""
-    guests = [row for row in sandboxes if one in (row.snapshot, row.root)]
+    guests = [row for row in sandboxes if one in (row.snapshot, row.root, row.cold_base)]
     captures = [row for row in snapshots if row.parent == one and row.state == "captured"]
     words = []
     if guests:

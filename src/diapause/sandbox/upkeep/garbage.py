@@ -4,8 +4,8 @@ A plan reads no file and changes nothing, so it can be made over any made-up wor
 
 Kept are: snapshots that nobody removed; a ready or removed one as long as a sandbox stands on it,
 a capture that is not packed has it for a parent, or somebody reads it; their builds; templates that
-guests were booted from and not captured since; flat files that a process maps or a paused sandbox
-resumes from. Flat files and templates are made again when they are needed.
+guests were booted from and not captured since; flat files that a process maps or, where memory is
+copied, a paused sandbox resumes from. Flat files and templates are made again when they are needed.
 
 While a row of a snapshot can't be read nobody knows its builds: no build goes, nor its files.
 """
@@ -37,6 +37,7 @@ class World:
     capturing: Set[str] = frozenset()  # snapshots of verbs under way
     files: Mapping[Kind, Set[str]] = field(default_factory=dict)
     template_builds: Mapping[str, Set[str]] = field(default_factory=dict)
+    copies: bool = True  # whether a resume maps flat files, unless somebody says otherwise
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def stood_on(world: World) -> set[str]:
     rows = {record.id: record for record in world.snapshots}
     wanted = [r.id for r in world.snapshots if not is_removed(r) and not is_ready(r)]
     for sandbox in world.sandboxes:
-        wanted += [one for one in (sandbox.snapshot, sandbox.root) if one is not None]
+        uses = (sandbox.snapshot, sandbox.root, sandbox.cold_base)
+        wanted += [one for one in uses if one is not None]
     wanted += [*world.reading, *world.capturing]
     kept: set[str] = set()
     while wanted:
@@ -108,7 +110,8 @@ def _flats(world: World) -> set[str]:
     for sandbox in world.sandboxes:
         if sandbox.root is not None:
             found.add(sandbox.root)
-        if sandbox.snapshot is not None and sandbox.state in ("pausing", "paused", "resuming"):
+        waits = world.copies and sandbox.state in ("pausing", "paused", "resuming")
+        if sandbox.snapshot is not None and waits:
             found.add(sandbox.snapshot)
     return found
 

@@ -28,7 +28,7 @@ def measure(host: Host) -> DfAnswer:
     places: dict[str, Path] = {
         **{str(kind): place for kind, place in world.places(home).items()},
         "image": home.images, "sandbox": home.sandboxes,
-        "buffer": home.buffers, "unfinished": home.tmp,
+        "buffer": home.buffers, "served": home.served, "unfinished": home.tmp,
     }  # fmt: skip
     inodes: set[int] = set()  # a frozen overlay is a link: it counts once
     rows = [_row(kind, place, free[kind], inodes) for kind, place in places.items()]

@@ -50,6 +50,7 @@ def look(host: Host, *, collecting: bool = False) -> World:
         reading=host.leases.held() if collecting else host.leases.held_firmly(),
         capturing=frozenset(one.snapshot for one in operations if one.snapshot is not None),
         files=files,
+        copies=not host.ondemand.usual(),
         template_builds={
             name: _builds_of(host.home, name, files["build"]) for name in files["template"]
         },
