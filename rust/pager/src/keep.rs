@@ -164,6 +164,9 @@ fn tell(state: &State, word: &Word, fds: &[OwnedFd]) -> io::Result<()> {
 }
 
 fn revive(state: &mut State) -> io::Result<()> {
+    if state.stopped {
+        return Err(io::Error::other("the two are about to end"));
+    }
     state.process.kill();
     let (link, process) = start_other("keeper", &state.kept)?;
     (state.link, state.process) = (link, process);

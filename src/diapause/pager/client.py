@@ -3,6 +3,7 @@ the next one knows what the last one had promised."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -147,7 +148,10 @@ class Pager:
         """End both processes, and wait for it; refused while a VMM runs on a file."""
         self.ask({"stop": {}})
         deadline = time.monotonic() + PAGER_S
-        while self.instance() is not None and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(PagerUnavailable):  # it is about to end
+                if self.instance() is None:
+                    return
             time.sleep(_BETWEEN_S)
 
     def ask(self, what: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
