@@ -1,10 +1,10 @@
 //! A connection to the kernel for a user who may not mount: made in a user namespace.
 //!
 //! A process of its own makes it and hands its descriptors over, so who serves stays where it is,
-//! with its user's rights and no more. Facts of the kernel that this rests on (tried on Linux 6.18):
+//! with its user's rights and no more. Facts of the kernel that this rests on (tried on 6.18):
 //! - The device has to be opened in the namespace that the mount is made in.
-//! - The mount has no place in any directory tree, so it needs no mount namespace to live on in, and
-//!   files on it can be opened outside of the user namespace.
+//! - The mount has no place in any directory tree, so it needs no mount namespace to live on in,
+//!   and files on it can be opened outside of the user namespace.
 //! - Only processes of that user and group may reach it: `allow_other` would mean those in the
 //!   namespace, where nobody is any more.
 

@@ -14,6 +14,8 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from diapause.driver.process import Pidfd
 from diapause.errors import DiapauseError, PagerUnavailable
 from diapause.limits import VMM_EXIT_S
@@ -206,6 +208,13 @@ class Ondemand:
                     self.served.forget(snapshot)
         except PagerUnavailable as error:  # the next daemon finds them
             log.warning("files of snapshots that are gone stay: %s", error)
+
+    def stand_back(self) -> None:
+        """Let go of captures of removed snapshots that no sandbox stands on, for a collection."""
+        sandboxes, snapshots = self._catalog.everything()
+        used = {one for row in sandboxes for one in (row.snapshot, row.root, row.cold_base)}
+        removed = {row.id for row in snapshots if row.removed_at is not msgspec.UNSET}
+        self.forget((removed - used) & self.served.on_captures())
 
     def close(self) -> None:
         """Let go of it; it goes on where guests run on it, and ends where none does."""

@@ -54,7 +54,11 @@ def damage_by_place(catalog: Catalog) -> Iterator[None]:
 class Headers:
     """Finds headers; use as a context manager around all reading that they lead to."""
 
-    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
+    def __init__(
+        self, home: Home, catalog: Catalog, templates: Templates, leases: Leases,
+        *, stands_back: bool = False,
+    ) -> None:  # fmt: skip
+        self._stands_back = stands_back  # for a collection
         self._home, self._catalog = home, catalog
         self._templates, self._leases = templates, leases
         self._scope = ExitStack()
@@ -85,7 +89,7 @@ class Headers:
 
     def of(self, record: SnapshotRecord, device: str) -> DeviceHeader:
         """The header of a snapshot's device: packed, or provisional with its captures."""
-        self._scope.enter_context(self._leases.hold(record.id))
+        self._scope.enter_context(self._leases.hold(record.id, stands_back=self._stands_back))
         found = self._catalog.snapshot(record.id) or record  # again: now it can't be removed
         if found.state == "failed":
             raise SnapshotLost(snapshot=found.id, cause=(found.error or {}).get("message", "?"))

@@ -139,6 +139,11 @@ class Served:
         with self._guard:
             self._sweep(set())
 
+    def on_captures(self) -> frozenset[str]:
+        """Snapshots whose files stand on captures, which they keep from going."""
+        with self._guard:
+            return frozenset(self._provisional)
+
     def forget(self, snapshot: str) -> None:
         """Let go of a snapshot's files, where no VMM runs on them."""
         with self._guard:
@@ -154,7 +159,7 @@ class Served:
     def _point(self, record: SnapshotRecord) -> dict[str, str]:
         scope = ExitStack()
         headers = scope.enter_context(
-            Headers(self._home, self._catalog, self._templates, self._leases)
+            Headers(self._home, self._catalog, self._templates, self._leases, stands_back=True)
         )
         try:
             names, provisional = {}, False

@@ -84,6 +84,7 @@ class Gc(Verb):
         """What nothing refers to, and from here on nothing new can."""
         self._alone.enter_context(self.host.digests.held_back())
         self._alone.enter_context(self.host.gate.collecting())
+        self.host.ondemand.stand_back()
         self.found = Found(self.host, world.look(self.host, collecting=True))
 
     def do_rows(self) -> None:
