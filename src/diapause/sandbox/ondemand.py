@@ -26,6 +26,7 @@ from diapause.sandbox import residence
 from diapause.sandbox.admit import available_memory
 from diapause.snapshot.served import Served
 from diapause.snapshot.traces import Traces
+from diapause.store.boot import boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -102,6 +103,8 @@ class Ondemand:
         self.traces.drop(record.id)
         if record.pager is None:
             return None
+        if record.process is not None and record.process.boot_id != boot_id():
+            return None  # the host went down, and the pair with it
         try:
             if self.pager.instance() != record.pager:
                 return LOST

@@ -28,7 +28,7 @@ from diapause.errors import (
 )
 from diapause.snapshot.flats import blobs_of
 from diapause.snapshot.headers import DeviceHeader, Headers, damage_by_place
-from diapause.store.files import write_file
+from diapause.store.files import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -208,7 +208,8 @@ class Served:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for id_, place in header.places.items():
             if place.map:
-                write_file(self._directory / f"{name}.{id_[:16]}.map", place.map, sync=False)
+                path = self._directory / f"{name}.{id_[:16]}.map"  # perhaps an earlier pair's
+                replace_file(path, place.map, self._home.tmp, sync=False)
         kept = self._directory / f"{name}.header"
         fresh = self._home.tmp / f"{name}.header"
         shutil.copyfile(header.path, fresh)
