@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,8 @@ ROUNDS = 4
 WORKING_SET_MIB = 50
 LATENCY_MS = 20
 _OUT = "/tmp/touched"
+# Longer than the program takes for a clock that was set.
+_STANDS_S = 0.5
 
 
 class Toucher:
@@ -55,6 +58,7 @@ class Toucher:
             wait_for_flat(self.bench, self.snapshot)
         else:
             _drop_caches()
+        time.sleep(_STANDS_S)
         answer = self.bench.client.resume(self.guest, ResumeRequest(memory_mode=mode))
         assert answer.memory_mode == mode, answer.notes
         assert traced == bool(answer.prefetched_pages), answer

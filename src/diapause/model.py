@@ -364,6 +364,30 @@ class Stalled(Answer):
     waited_ms: int
 
 
+class PagerSandbox(Answer):
+    """A sandbox that the pager serves; `stalled` where an access of it waits for a blob."""
+
+    sandbox: str
+    pid: int
+    files: int
+    handed: bool  # it handed in a userfaultfd; else it has files open
+    ended: bool
+    stalled: Stalled | None = None
+
+
+class PagerAnswer(Answer):
+    """The two processes that serve memory on demand; nothing but `running` where there are none."""
+
+    running: bool
+    instance: str | None = None
+    pid: int | None = None
+    keeper_pid: int | None = None
+    replaceable: bool | None = None  # whether guests only wait while a dead pager is replaced
+    resident_bytes: int | None = None  # of both, beside the page cache
+    files: int | None = None
+    sandboxes: list[PagerSandbox] = []
+
+
 class SandboxRow(Answer):
     """A line of `ps`."""
 

@@ -64,6 +64,19 @@ def test_df_says_what_gc_frees(place: FakeHome) -> None:
     assert b"`diapause gc` frees 4.0 KiB" in done.stderr
 
 
+def test_the_pager_and_whom_it_serves(place: FakeHome) -> None:
+    assert place.json("pager")["sandboxes"][1]["stalled"]["blob"] == "builds/5a"
+    done = place.run("pager")
+    assert [line.split() for line in done.stdout.splitlines()[-2:]] == [
+        [b"a" * 16, b"7", b"2", b"FUSE", b"served"],
+        [b"b" * 16, b"8", b"1", b"userfaultfd", b"waits", b"for", b"builds/5a"],
+    ]
+    assert b"pager 5, keeper 6: 3.0 MiB resident, 3 files" in done.stderr
+    (place.home.root / "no-pager").touch()
+    assert place.json("pager")["running"] is False
+    assert b"no pager runs" in place.run("pager").stderr
+
+
 def test_snapshots_are_compared_verified_and_shown_as_a_tree(place: FakeHome) -> None:
     place.sandbox()
     first, second, third = (place.json("snapshot", "save", "web")["snapshot"] for _ in range(3))

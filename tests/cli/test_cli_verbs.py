@@ -263,6 +263,6 @@ def test_the_verbs_are_those_of_the_contract() -> None:
         "freeze", "thaw", "restore",
         "completion", "events",
         "cp", "console",
-        "support-bundle", "system reset",
+        "support-bundle", "system reset", "pager",
         "snapshot rm", "gc", "check", "df", "snapshot verify", "snapshot diff", "snapshot tree",
     }  # fmt: skip

@@ -401,6 +401,21 @@ class FakeEngine:
             rows=[row], snapshots=[], total_bytes=8192, gc_bytes=4096, free_bytes=1 << 30
         )
 
+    def pager(self) -> model.PagerAnswer:
+        if (self.home.root / "no-pager").exists():
+            return model.PagerAnswer(running=False)
+        waits = model.Stalled(blob="builds/5a", cause="gone", waited_ms=1500)
+        sandboxes = [
+            model.PagerSandbox(sandbox="a" * 16, pid=7, files=2, handed=False, ended=False),
+            model.PagerSandbox(
+                sandbox="b" * 16, pid=8, files=1, handed=True, ended=False, stalled=waits
+            ),
+        ]
+        return model.PagerAnswer(
+            running=True, instance="5a", pid=5, keeper_pid=6, replaceable=True,
+            resident_bytes=3 << 20, files=3, sandboxes=sandboxes,
+        )  # fmt: skip
+
     def diff_snapshots(self, old: str, new: str) -> model.DiffAnswer:
         first, second = self.inspect_snapshot(old), self.inspect_snapshot(new)
         device = model.DeviceDifference(

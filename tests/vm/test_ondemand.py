@@ -356,6 +356,18 @@ def test_what_a_guest_touched_is_brought_ahead_of_the_next(daemon: Daemon, guest
     assert guest.digests() == digests
 
 
+def test_the_pager_says_whom_it_serves(daemon: Daemon, guest: Sandbox) -> None:
+    guest.pause("disk")
+    daemon.client.resume(guest.id, ONDEMAND)
+    answer = daemon.client.pager()
+    [mine] = [one for one in answer.sandboxes if one.sandbox == guest.id]
+    assert (mine.pid, mine.handed, mine.ended, mine.stalled) == (guest.vmm_pid, False, False, None)
+    assert answer.running
+    assert answer.replaceable
+    assert answer.resident_bytes is not None
+    assert 0 < answer.resident_bytes < 60 * MIB
+
+
 def test_a_trace_goes_with_its_snapshot(daemon: Daemon, guest: Sandbox) -> None:
     first = guest.pause("disk").snapshot
     daemon.client.resume(guest.id, ONDEMAND)

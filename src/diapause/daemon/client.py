@@ -188,6 +188,10 @@ class Client:
         """What takes the space of the home."""
         return self._call("GET", "/v1/df", model.DfAnswer)
 
+    def pager(self) -> model.PagerAnswer:
+        """The processes that serve memory on demand."""
+        return self._call("GET", "/v1/pager", model.PagerAnswer)
+
     def diff_snapshots(self, old: str, new: str) -> model.DiffAnswer:
         """What differs between two snapshots."""
         path = f"/v1/snapshots/{segment(old)}/diff"

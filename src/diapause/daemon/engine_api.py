@@ -32,6 +32,7 @@ from diapause.model import (
     ImageDetail,
     ImageImportRequest,
     ImageInfo,
+    PagerAnswer,
     RemoveAnswer,
     RemoveImageAnswer,
     RemoveSnapshotAnswer,
@@ -157,6 +158,9 @@ class Engine(Protocol):
 
     def df(self) -> DfAnswer:
         """What takes the space of the home."""
+
+    def pager(self) -> PagerAnswer:
+        """The processes that serve memory on demand."""
 
     def diff_snapshots(self, old: str, new: str) -> DiffAnswer:
         """What differs between two snapshots."""

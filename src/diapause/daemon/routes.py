@@ -217,6 +217,10 @@ ROUTES: tuple[Route, ...] = (
         lambda engine, call: engine.diff_snapshots(call.ref, call.body.other),
     ),
     _get("/v1/df", "df", "What takes space", model.DfAnswer, lambda engine, call: engine.df()),
+    _get(
+        "/v1/pager", "pager", "The processes that serve memory on demand", model.PagerAnswer,
+        lambda engine, call: engine.pager(),
+    ),
     Route(
         "GET", OPERATION, "inspectOperation", "How far something is that a client asked for",
         model.OperationAnswer, stream="operation",

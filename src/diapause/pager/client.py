@@ -140,6 +140,17 @@ class Pager:
         before = str(prior) if prior is not None else None
         self.ask({"trace": {"sandbox": sandbox, "name": name, "prior": before, "to": str(to)}})
 
+    def sandboxes(self) -> list[dict[str, Any]]:
+        """Whose VMMs run on its files, in order, with a few words of each."""
+        found: list[dict[str, Any]] = []
+        while more := self._sandboxes_behind(found[-1]["sandbox"] if found else ""):
+            found += more
+        return found
+
+    def _sandboxes_behind(self, after: str) -> list[dict[str, Any]]:
+        said: list[dict[str, Any]] = self.ask({"sandboxes": {"after": after}})["sandboxes"]
+        return said
+
     def totals(self) -> dict[str, Any]:
         """What it counted of all files since it began, and which sandboxes wait for a blob."""
         return self.ask({"totals": {}})

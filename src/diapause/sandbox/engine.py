@@ -22,6 +22,7 @@ from diapause.sandbox.captures import Captures
 from diapause.sandbox.consoles import Rotation
 from diapause.sandbox.freezes import Freezes
 from diapause.sandbox.host import Host
+from diapause.sandbox.pager_view import pager_answer
 from diapause.sandbox.ready import is_ready
 from diapause.sandbox.recovery import recover
 from diapause.sandbox.refer import find_sandbox, find_snapshot
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         ImageDetail,
         ImageImportRequest,
         ImageInfo,
+        PagerAnswer,
         RemoveAnswer,
         RemoveImageAnswer,
         RemoveSnapshotAnswer,
@@ -242,6 +244,10 @@ class Engine:
     def df(self) -> DfAnswer:
         """What takes the space of the home."""
         return self._upkeep.df()
+
+    def pager(self) -> PagerAnswer:
+        """The processes that serve memory on demand."""
+        return pager_answer(self.host.ondemand.pager)
 
     def diff_snapshots(self, old: str, new: str) -> DiffAnswer:
         """What differs between two snapshots."""

@@ -29,7 +29,7 @@ from diapause.snapshot.traces import Traces
 from diapause.store.boot import boot_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
@@ -125,22 +125,23 @@ class Ondemand:
 
     def end_if_lost(self, record: SandboxRecord, vmm: ProcessRef) -> None:
         """End a VMM whose pager and keeper are both dead."""
-        if not self.is_lost(record):
+        if not self.lost([record]):
             return
         pidfd = Pidfd(vmm)
         pidfd.kill()
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
 
-    def is_lost(self, record: SandboxRecord) -> bool:
-        """Whether what serves it is not there any more. One that only does not answer is there."""
-        if record.pager is None:
-            return False
+    def lost(self, records: Sequence[SandboxRecord]) -> list[SandboxRecord]:
+        """Those whose pair is not there any more. One that only does not answer is there."""
+        if not any(record.pager for record in records):
+            return []
         try:
-            return self.pager.instance() != record.pager
+            there = self.pager.instance()  # after their rows were read: a new pair has no old ones
         except PagerUnavailable as error:
             log.warning("%s", error)
-            return False
+            return []
+        return [record for record in records if record.pager not in (None, there)]
 
     def seen(self, record: SandboxRecord) -> dict[str, Any] | None:
         """What the pager counted of a sandbox, where it serves it and answers."""

@@ -15,6 +15,10 @@ from diapause.driver.process import Pidfd
 from diapause.sandbox.rescue import REFUSALS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diapause.catalog import SandboxRecord
+    from diapause.driver.base import ProcessRef
     from diapause.model import Stalled
     from diapause.sandbox.host import Host
 
@@ -49,20 +53,27 @@ class PagerWatch:
 
     def _look(self) -> None:
         """A VMM that is killed here is settled by whoever watches its end."""
-        host, served = self._host, False
-        for sandbox, guest in list(host.guests.items()):
-            record = host.catalog.sandbox(sandbox)
+        host = self._host
+        served = list(self._served())
+        lost = {record.id for record in host.ondemand.lost([record for record, _ in served])}
+        for record, process in served:
+            if record.id in lost:
+                log.warning("%s: its pager and the keeper have ended: so does its VMM", record.id)
+                with contextlib.closing(Pidfd(process)) as vmm:
+                    vmm.kill()  # and nothing else: whoever watches it sees its end as any other
+            else:
+                host.ondemand.traces.settle(record.id, if_due=True)
+        self._tell(host.ondemand.stalled() if served else {})
+
+    def _served(self) -> Iterator[tuple[SandboxRecord, ProcessRef]]:
+        """The guests that run on the pager's files, with the processes that their rows name."""
+        for sandbox, guest in list(self._host.guests.items()):
+            record = self._host.catalog.sandbox(sandbox)
             if record is None or record.pager is None or guest.machine is None:
                 continue
-            if record.process is None or record.process.pid != guest.machine.process.pid:
-                continue
-            host.ondemand.traces.settle(sandbox, if_due=True)
-            served = True
-            if host.ondemand.is_lost(record):
-                log.warning("%s: its pager and the keeper have ended: so does its VMM", sandbox)
-                with contextlib.closing(Pidfd(guest.machine.process)) as vmm:
-                    vmm.kill()  # and nothing else: whoever watches it sees its end as any other
-        self._tell(host.ondemand.stalled() if served else {})
+            process = guest.machine.process
+            if record.process is not None and record.process.pid == process.pid:
+                yield record, process
 
     def _tell(self, stalled: dict[str, Stalled]) -> None:
         """An event for each guest that waits for a blob since this look."""
