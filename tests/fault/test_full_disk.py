@@ -170,7 +170,7 @@ def test_what_frees_space_works_where_not_a_byte_is_left(
     daemon.packed(saved)
     [fork] = daemon.fork(saved)
     if verb == "gc":
-        counting.save("disk")
+        daemon.packed(counting.save("disk").snapshot)  # until then it keeps its parent
         fork.remove()
         daemon.client.remove_snapshot(saved)
     eventually("the reserve", disk.home.reserve.exists)
