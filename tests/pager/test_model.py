@@ -17,8 +17,6 @@ import pytest
 from diapause.catalog import SnapshotRecord
 from diapause.pager.client import Pager
 from diapause.sandbox.host import Host
-from diapause.store.home import Home
-from tests.framework import captured_home as made
 from tests.framework.fake_home import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -32,32 +30,6 @@ while True:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     assert os.pread(fd, len(model), 0) == model, "other bytes"
 """
-
-
-@pytest.fixture
-def host(home: Home) -> Iterator[Host]:
-    with made.host_of(home) as host:
-        yield host
-
-
-@pytest.fixture
-def record(host: Host) -> SnapshotRecord:
-    """A packed snapshot; its flat files are the model."""
-    return made.packed(host)
-
-
-@pytest.fixture
-def pager(host: Host, record: SnapshotRecord) -> Iterator[Pager]:
-    with contextlib.closing(Pager(host.home)) as pager:
-        pager.pair(start=True)
-        for device in record.devices:
-            spec = {
-                "size_bytes": device.size_bytes, "header_digest": device.header_digest,
-                "header": str(host.home.snapshot(record.id) / f"{device.name}.header"),
-                "blobs": {"kind": "directory", "path": str(host.home.builds)},
-            }  # fmt: skip
-            pager.put(f"{record.id}.{device.name}", spec)
-        yield pager
 
 
 class Clients:

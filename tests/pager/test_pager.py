@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,42 +17,10 @@ from diapause.errors import PagerUnavailable
 from diapause.pager import process
 from diapause.pager.client import Pager
 from diapause.sandbox.host import Host
-from diapause.store.home import Home
-from tests.framework import captured_home as made
 from tests.framework.fake_home import eventually
+from tests.framework.pagers import spec
 
 WAIT_S = 60.0
-
-
-@pytest.fixture
-def host(home: Home) -> Iterator[Host]:
-    with made.host_of(home) as host:
-        yield host
-
-
-@pytest.fixture
-def record(host: Host) -> SnapshotRecord:
-    """A packed snapshot."""
-    return made.packed(host)
-
-
-@pytest.fixture
-def pager(host: Host, record: SnapshotRecord) -> Iterator[Pager]:
-    """A pager that has its files."""
-    with contextlib.closing(Pager(host.home)) as pager:
-        pager.pair(start=True)
-        for device in record.devices:
-            pager.put(f"{record.id}.{device.name}", spec(host, record, device.name))
-        yield pager
-
-
-def spec(host: Host, record: SnapshotRecord, name: str) -> dict[str, Any]:
-    device = next(d for d in record.devices if d.name == name)
-    return {
-        "size_bytes": device.size_bytes, "header_digest": device.header_digest,
-        "header": str(host.home.snapshot(record.id) / f"{name}.header"),
-        "blobs": {"kind": "directory", "path": str(host.home.builds)},
-    }  # fmt: skip
 
 
 def uncached(path: Path) -> bytes:

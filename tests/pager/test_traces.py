@@ -19,9 +19,6 @@ from diapause.sandbox.host import Host
 from diapause.units import MIB
 from tests.framework import captured_home as made
 from tests.framework.fake_home import eventually
-from tests.pager.test_pager import host, pager, record
-
-__all__ = ["host", "pager", "record"]
 
 WAIT_S = 60.0
 GRANULE = 65536

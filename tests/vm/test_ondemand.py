@@ -19,6 +19,7 @@ from diapause.pager.client import Pager
 from diapause.pager.process import name_of
 from diapause.units import KIB, MIB
 from tests.framework.fake_home import eventually
+from tests.framework.pagers import kill_both
 from tests.framework.sandbox import MEMORY_BYTES, WAIT_S, Daemon, Sandbox, real_home
 
 pytestmark = pytest.mark.vm
@@ -106,15 +107,6 @@ def test_when_both_die_the_guest_ends_and_its_snapshot_can_be_resumed(
     assert "keeper" in (daemon.client.inspect(guest.id).reason or "")
     with guest.forked(snapshot) as fork:
         assert fork.digests() == digests
-
-
-def kill_both(daemon: Daemon) -> None:
-    """Stopped first: neither starts the other again meanwhile."""
-    with contextlib.closing(Pager(daemon.home)) as pager:
-        pair = pager.pair(start=False)
-    for signal_ in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in (pair.pid, pair.keeper_pid):
-            os.kill(pid, signal_)
 
 
 def test_without_a_pager_memory_is_copied_and_it_is_said(daemon: Daemon, guest: Sandbox) -> None:

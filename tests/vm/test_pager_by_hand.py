@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from diapause.model import ResumeRequest
 from diapause.pager.client import Pager
 from tests.framework.fake_home import eventually
+from tests.framework.pagers import kill_both
 from tests.framework.processes import processes_of
 from tests.framework.sandbox import WAIT_S, Daemon, Sandbox
 
@@ -38,15 +38,6 @@ def abort(daemon: Daemon) -> None:
     """Take the connection away, as `/sys/fs/fuse/connections` lets root do."""
     number = str(connection_of(daemon))
     subprocess.run(["unshare", "-m", "sh", "-ec", ABORT, number], check=True, timeout=WAIT_S)
-
-
-def kill_both(daemon: Daemon) -> None:
-    """Stopped first: neither starts the other again meanwhile."""
-    with contextlib.closing(Pager(daemon.home)) as pager:
-        pair = pager.pair(start=False)
-    for signal_ in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in (pair.pid, pair.keeper_pid):
-            os.kill(pid, signal_)
 
 
 def abort_and_kill(daemon: Daemon) -> None:
