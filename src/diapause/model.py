@@ -162,7 +162,8 @@ class ResumeAnswer(Answer):
     disk: Literal["own", "snapshot"] | None = None  # of a cold one: which disk it was booted on
     memory_mode: Literal["ondemand", "copy"] | None = None  # how its memory comes; None: a boot
     # On demand: reads that the pager answered until the guest was ready, by where from; pages that
-    # were brought ahead of the guest, and those of them that it had touched by then.
+    # were brought ahead of the guest, and those of them that it had touched by then (None where
+    # nobody knows: a pager died meanwhile).
     faults: dict[str, int] | None = None
     prefetched_pages: int | None = None
     used_pages: int | None = None

@@ -89,7 +89,12 @@ def test_the_pager_s_counts_are_prometheus_s(home: Home, catalog: Catalog) -> No
     local = {"count": 7, "bytes": 7 * 131072, "sum_us": 3000, "below_us": below}
     none = {"count": 0, "bytes": 0, "sum_us": 0, "below_us": [0] * 32}
     said = {
-        "totals": {"reads": {"local": local, "zero": none}, "stalls": 3},
+        "totals": {
+            "reads": {"local": local, "zero": none},
+            "stalls": 3,
+            "stored_bytes": 1 << 20,
+            "used_bytes": 1 << 19,
+        },
         "stalled": {"feedface": {"blob": "builds/beef", "cause": "gone", "waited_ms": 10}},
     }
     text = Metrics(HomeCollector(home, catalog, lambda: 0, lambda: said)).text().decode()
@@ -102,13 +107,18 @@ def test_the_pager_s_counts_are_prometheus_s(home: Home, catalog: Catalog) -> No
     assert sample(text, f"{name}_count", source="zero") == 0
     assert sample(text, "diapause_pager_read_bytes_total", source="local") == 7 * 131072
     assert sample(text, "diapause_pager_stalls_total") == 3
+    assert sample(text, "diapause_pager_prefetched_bytes_total") == 1 << 20
+    assert sample(text, "diapause_pager_prefetch_used_bytes_total") == 1 << 19
     assert sample(text, "diapause_stalled") == 1
     assert not {"feedface", "beef"} & set(text.replace('"', " ").split())
 
 
 def test_without_a_pager_nothing_waits(home: Home, catalog: Catalog) -> None:
     text = Metrics(HomeCollector(home, catalog, lambda: 0)).text().decode()
-    for name in ("stalled", "pager_stalls_total", "served_resident_bytes", "served_pending_bytes"):
+    for name in (
+        "stalled", "pager_stalls_total", "served_resident_bytes", "served_pending_bytes",
+        "pager_prefetched_bytes_total", "pager_prefetch_used_bytes_total",
+    ):  # fmt: skip
         assert sample(text, f"diapause_{name}") == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -145,10 +146,72 @@ def test_a_trace_is_brought_ahead_and_its_pages_are_right(
         found = pager.touched("one", name)
         assert found == {
             "pages": 3 * 16, "prefetched_pages": len(wanted) * 16, "used_pages": 3 * 16,
+            "late": False,
         }  # fmt: skip
         at = 50 * GRANULE
         assert two.touch(50) == expected[at : at + GRANULE]
         assert two.reads() > before
+
+
+def test_what_is_used_of_what_was_brought_is_counted_once(
+    pager: Pager, name: str, tmp_path: Path
+) -> None:
+    """Of each VMM by its own mapping; of all together each granule once."""
+    trace, wanted = tmp_path / "a.memory", [9, 2, 70]
+    with vmm(pager, name) as one:
+        for granule in wanted:
+            one.touch(granule)
+        pager.trace("one", name, None, trace)
+    uncache(pager, name)
+    pager.prefetch(name, trace, MIB)
+    with vmm(pager, name) as two, vmm(pager, name, "two") as three:
+        eventually("what is brought", lambda: _stored(pager, two) == len(wanted) * GRANULE, WAIT_S)
+        assert pager.used("one", name)["used_pages"] == 0
+        for granule in (9, 2, 50):
+            two.touch(granule)
+        three.touch(9)
+        for sandbox, used in (("one", 2), ("one", 2), ("two", 1)):
+            assert pager.used(sandbox, name) == {
+                "pages": used * 16, "prefetched_pages": 3 * 16, "used_pages": used * 16,
+                "late": False,
+            }  # fmt: skip
+        totals = pager.totals()["totals"]
+        assert (totals["stored_bytes"], totals["used_bytes"]) == (3 * GRANULE, 2 * GRANULE)
+    with pytest.raises(PagerUnavailable, match="no VMM"):
+        pager.used("one", name)
+
+
+def test_a_pager_that_died_in_between_costs_only_order(
+    pager: Pager, name: str, tmp_path: Path
+) -> None:
+    """What was touched before its death is in the trace, before what was touched after it."""
+    first, second = tmp_path / "first.memory", tmp_path / "second.memory"
+    uncache(pager, name)
+    with vmm(pager, name) as one:
+        for granule in (9, 2, 70):
+            one.touch(granule)
+        before = pager.pair(start=False).pid
+        os.kill(before, signal.SIGKILL)
+        for granule in (33, 5):
+            one.touch(granule)
+        found = pager.touched("one", name)
+        assert found == {
+            "pages": 5 * 16, "prefetched_pages": 0, "used_pages": 0, "late": True,
+        }  # fmt: skip
+        pager.trace("one", name, None, first)
+        assert pager.pair(start=False).pid != before
+    assert granules_of(first) == [2, 9, 70, 33, 5]
+    uncache(pager, name)
+    assert pager.prefetch(name, first, MIB) == 5 * GRANULE
+    with vmm(pager, name) as two:
+        eventually("what is brought", lambda: _stored(pager, two) == 5 * GRANULE, WAIT_S)
+        before = two.reads()
+        for granule in (70, 5):
+            two.touch(granule)
+        assert two.reads() == before
+        pager.trace("one", name, first, second)
+        assert pager.used("one", name)["late"] is False
+    assert granules_of(second) == [2, 9, 70, 33, 5]
 
 
 def _stored(pager: Pager, one: Vmm) -> int:

@@ -80,3 +80,54 @@ def test_reads_are_counted_by_where_they_came_from(daemon: Daemon, guest: Sandbo
     assert grown("diapause_pager_read_bytes_total", source="local") >= 4096 * reads
     assert value(after, "diapause_pager_read_seconds_count", source="remote") == 0
     assert value(after, "diapause_pager_stalls_total") == 0
+
+
+def test_how_much_of_what_was_brought_ahead_was_used(daemon: Daemon, guest: Sandbox) -> None:
+    """It grows with what the guest touches, and so do the sums over all guests."""
+    digests = guest.rewrite(4096)
+    daemon.packed(guest.pause("disk").snapshot)
+    daemon.client.resume(guest.id, ONDEMAND)
+    assert guest.digests() == digests
+    daemon.packed(guest.pause("disk").snapshot)
+    metrics = daemon.client.metrics()
+    answer = daemon.client.resume(guest.id, ONDEMAND)
+    assert answer.prefetched_pages is not None
+    assert answer.used_pages is not None
+    at_first = served(guest)["prefetch"]
+    assert at_first["prefetched_pages"] == answer.prefetched_pages > 0
+    assert at_first["used_pages"] >= answer.used_pages
+    assert guest.digests() == digests
+    prefetch = served(guest)["prefetch"]
+    used, brought = prefetch["used_pages"], prefetch["prefetched_pages"]
+    assert used >= at_first["used_pages"] + (4096 // 4) // 2
+    assert prefetch["hit_rate"] == round(used / brought, 4)
+    assert prefetch["late"] is False
+    after = daemon.client.metrics()
+    for name in ("prefetched", "prefetch_used"):
+        metric = f"diapause_pager_{name}_bytes_total"
+        assert value(after, metric) > value(metrics, metric)
+
+
+def test_a_trace_outlives_the_pager_that_saw_it_begin(daemon: Daemon, guest: Sandbox) -> None:
+    """What a guest touched before and after a pager's death is brought ahead of the next."""
+    digests = guest.rewrite(4096)
+    first = guest.pause("disk").snapshot
+    daemon.packed(first)
+    for trace in daemon.home.traces.glob("*.memory"):
+        trace.unlink()
+    daemon.client.resume(guest.id, ONDEMAND)
+    assert guest.digests() == digests
+    pid = daemon.client.doctor().pager_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    prefetch = served(guest)["prefetch"]
+    assert prefetch == {"prefetched_pages": 0, "used_pages": 0, "hit_rate": None, "late": True}
+    daemon.packed(guest.pause("disk").snapshot)
+    trace = daemon.home.traces / f"{first}.memory"
+    granules = (trace.stat().st_size - 64) // 8
+    assert granules >= 4096 // 64
+    answer = daemon.client.resume(guest.id, ONDEMAND)
+    assert answer.prefetched_pages is not None
+    assert answer.prefetched_pages >= granules * 16 // 2
+    assert guest.digests() == digests
+    assert served(guest)["prefetch"]["used_pages"] >= 4096 // 4 // 2

@@ -105,7 +105,14 @@ pub enum Ask {
         /// The file.
         name: String,
     },
-    /// The same, with what was touched before it, becomes the trace `to`.
+    /// What a VMM has touched of what was brought ahead of a file.
+    Used {
+        /// Whose VMM it is.
+        sandbox: String,
+        /// The file.
+        name: String,
+    },
+    /// What it has touched, with what was touched before it, becomes the trace `to`.
     Trace {
         /// Whose VMM it is.
         sandbox: String,
@@ -196,7 +203,8 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
             trace,
             budget_bytes,
         } => prefetch(server, &name, &trace, budget_bytes)?,
-        Ask::Touched { sandbox, name } => touched(server, &sandbox, &name)?.1,
+        Ask::Touched { sandbox, name } => touched(server, &sandbox, &name, touched::of)?.1,
+        Ask::Used { sandbox, name } => touched(server, &sandbox, &name, touched::of_stored)?.1,
         Ask::Trace {
             sandbox,
             name,
@@ -417,15 +425,18 @@ fn touched(
     server: &Server,
     sandbox: &str,
     name: &str,
+    look: impl FnOnce(i32, &Node) -> io::Result<Touched>,
 ) -> Result<(Touched, serde_json::Value), String> {
     let client = server.clients.get(sandbox);
     let client = client.ok_or("no VMM of it runs here")?;
     let node = found(server, name)?;
-    let touched = touched::of(client.text().pid, &node)
+    let touched = look(client.text().pid, &node)
         .map_err(|error| format!("what {sandbox} touched of {name}: {error}"))?;
-    let stored = node.with_given(|given| given.stored_count()) * (GRANULE / 4096);
+    server.seen.used(name, touched.newly_used_bytes);
+    let (stored, late) = node.with_given(|given| (given.stored_count(), given.is_late()));
     let said = serde_json::json!({
-        "pages": touched.pages, "prefetched_pages": stored, "used_pages": touched.stored_pages,
+        "pages": touched.pages, "prefetched_pages": stored * (GRANULE / 4096),
+        "used_pages": touched.stored_pages, "late": late,
     });
     Ok((touched, said))
 }
@@ -437,9 +448,9 @@ fn trace(
     prior: Option<&Path>,
     to: &Path,
 ) -> Result<serde_json::Value, String> {
-    let (touched, said) = touched(server, sandbox, name)?;
+    let (touched, said) = touched(server, sandbox, name, touched::of)?;
     let node = found(server, name)?;
-    let order = node.with_given(|given| given.order().to_vec());
+    let order = node.with_given(|given| given.order_of(&touched.granules));
     // One that can't be read any more is as good as none.
     let known = prior.and_then(|path| Trace::read(path, node.size_bytes).ok());
     let known = known.unwrap_or_else(|| Trace::empty(node.size_bytes));

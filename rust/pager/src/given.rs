@@ -26,6 +26,15 @@ impl Bits {
         self.0[at] |= 1 << (number % 64);
         new
     }
+
+    /// Those that are there, ascending.
+    fn all(&self) -> impl Iterator<Item = u32> + '_ {
+        let words = self.0.iter().enumerate().filter(|(_, word)| **word != 0);
+        words.flat_map(|(at, word)| {
+            let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
+            bits.map(move |bit| at as u32 * 64 + bit)
+        })
+    }
 }
 
 /// What the kernel was given of one file.
@@ -35,9 +44,24 @@ pub struct Given {
     order: Vec<u32>,
     stored: Bits,
     stored_count: u64,
+    used: Bits,
+    late: bool,
 }
 
 impl Given {
+    /// What was given before is not known: a predecessor did it.
+    pub fn late() -> Self {
+        Self {
+            late: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether there was a predecessor, which knew more.
+    pub fn is_late(&self) -> bool {
+        self.late
+    }
+
     /// The kernel asked for these bytes.
     pub fn read(&mut self, offset: u64, size_bytes: u64) {
         for number in granules(offset, size_bytes) {
@@ -59,6 +83,14 @@ impl Given {
         &self.order
     }
 
+    /// The order in which these granules, ascending, were first asked for, as far as it is known.
+    /// What was asked of a predecessor came before all that was asked of us.
+    pub fn order_of(&self, touched: &[u32]) -> Vec<u32> {
+        let unseen = touched.iter().filter(|number| !self.read.has(**number));
+        let before = unseen.filter(|_| self.late).copied();
+        before.chain(self.order.iter().copied()).collect()
+    }
+
     /// How many granules were stored ahead.
     pub fn stored_count(&self) -> u64 {
         self.stored_count
@@ -67,6 +99,23 @@ impl Given {
     /// Whether a granule was stored ahead.
     pub fn was_stored(&self, number: u32) -> bool {
         self.stored.has(number)
+    }
+
+    /// The granules that were stored ahead, ascending, as runs: the first and how many.
+    pub fn stored_runs(&self) -> Vec<(u32, u32)> {
+        let mut runs: Vec<(u32, u32)> = Vec::new();
+        for number in self.stored.all() {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == number => *count += 1,
+                _ => runs.push((number, 1)),
+            }
+        }
+        runs
+    }
+
+    /// A granule was seen to be touched; true the first time, where it had been stored ahead.
+    pub fn use_stored(&mut self, number: u32) -> bool {
+        self.stored.has(number) && self.used.add(number)
     }
 }
 
@@ -93,5 +142,27 @@ mod tests {
         assert_eq!(given.stored_count(), 1);
         given.read(200 * GRANULE, 1);
         assert_eq!(given.order().last(), Some(&200));
+    }
+
+    #[test]
+    fn what_was_stored_is_used_once() {
+        let mut given = Given::default();
+        for number in [63, 64, 200, 5, 65] {
+            assert!(given.take(number));
+        }
+        assert_eq!(given.stored_runs(), [(5, 1), (63, 3), (200, 1)]);
+        assert!(given.use_stored(64) && !given.use_stored(64) && !given.use_stored(7));
+    }
+
+    #[test]
+    fn what_a_predecessor_was_asked_for_came_first() {
+        let (mut whole, mut late) = (Given::default(), Given::late());
+        for given in [&mut whole, &mut late] {
+            given.read(9 * GRANULE, 1);
+            given.read(4 * GRANULE, 1);
+        }
+        assert_eq!(whole.order_of(&[2, 4, 7, 9]), [9, 4]);
+        assert_eq!(late.order_of(&[2, 4, 7, 9]), [2, 7, 9, 4]);
+        assert!(late.is_late() && !whole.is_late());
     }
 }

@@ -130,7 +130,7 @@ impl Nodes {
         };
         for (name, text) in texts {
             tables.last = tables.last.max(text.number);
-            tables.add(name, text);
+            tables.add(name, text, Given::late());
         }
         Self(RwLock::new(tables))
     }
@@ -163,7 +163,7 @@ impl Nodes {
         match tables.by_name.get(name) {
             Some(node) if node.text() != text => node.point(text.spec),
             Some(_) => {}
-            None => tables.add(name.to_owned(), text),
+            None => tables.add(name.to_owned(), text, Given::default()),
         }
     }
 
@@ -203,14 +203,14 @@ impl Nodes {
 }
 
 impl Tables {
-    fn add(&mut self, name: String, text: NodeText) {
+    fn add(&mut self, name: String, text: NodeText, given: Given) {
         let node = Arc::new(Node {
             number: text.number,
             name: name.clone(),
             size_bytes: text.spec.size_bytes,
             spec: Mutex::new(text.spec),
             device: Mutex::new(None),
-            given: Mutex::default(),
+            given: Mutex::new(given),
         });
         self.by_number.insert(node.number, node.clone());
         self.by_name.insert(name, node);

@@ -53,6 +53,10 @@ pub struct Totals {
     pub reads: HashMap<&'static str, ReadsTotal>,
     /// Reads that had to wait for a blob.
     pub stalls: u64,
+    /// Bytes that were given to a guest before it asked for them.
+    pub stored_bytes: u64,
+    /// Those of them that a guest was seen to have touched, by granules.
+    pub used_bytes: u64,
 }
 
 /// What is said of one file.
@@ -71,6 +75,7 @@ struct File {
     reads: [Reads; 5],
     stalls: u64,
     stored_bytes: u64,
+    used_bytes: u64,
 }
 
 /// All that was counted.
@@ -115,6 +120,11 @@ impl Seen {
         self.change(file, |of| of.stored_bytes += bytes);
     }
 
+    /// Bytes that were given ahead were touched.
+    pub fn used(&self, file: &str, bytes: u64) {
+        self.change(file, |of| of.used_bytes += bytes);
+    }
+
     /// What was counted of a file.
     pub fn of(&self, file: &str) -> FileSeen {
         let counts = self.lock();
@@ -147,6 +157,8 @@ impl Seen {
         Totals {
             reads: reads.collect(),
             stalls: all.stalls,
+            stored_bytes: all.stored_bytes,
+            used_bytes: all.used_bytes,
         }
     }
 
@@ -174,6 +186,8 @@ impl Seen {
 impl File {
     fn add(&mut self, other: &Self) {
         self.stalls += other.stalls;
+        self.stored_bytes += other.stored_bytes;
+        self.used_bytes += other.used_bytes;
         for (ours, theirs) in self.reads.iter_mut().zip(&other.reads) {
             ours.count += theirs.count;
             ours.bytes += theirs.bytes;
@@ -228,6 +242,8 @@ mod tests {
             seen.served("a", Origin::Local, 4096, Duration::from_micros(us));
         }
         seen.stalled("a");
+        seen.stored("a", 8192);
+        seen.used("a", 4096);
         let of = seen.of("a");
         assert_eq!(of.stalls, 1);
         let local = &of.reads["local"];
@@ -238,6 +254,7 @@ mod tests {
         assert_eq!(seen.of("a"), FileSeen::default());
         let totals = seen.totals();
         assert_eq!((totals.stalls, totals.reads["zero"].count), (1, 0));
+        assert_eq!((totals.stored_bytes, totals.used_bytes), (8192, 4096));
         let local = &totals.reads["local"];
         assert_eq!((local.count, local.bytes), (1001, 4096 * 1000 + 8192));
         assert_eq!(local.sum_us, 500_500 + 3);

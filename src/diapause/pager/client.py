@@ -132,8 +132,12 @@ class Pager:
         return planned
 
     def touched(self, sandbox: str, name: str) -> dict[str, Any]:
-        """What a VMM has touched of a file: `pages`, `prefetched_pages`, `used_pages`."""
+        """What a VMM has touched of a file: `pages`, `prefetched_pages`, `used_pages`, `late`."""
         return self.ask({"touched": {"sandbox": sandbox, "name": name}})
+
+    def used(self, sandbox: str, name: str) -> dict[str, Any]:
+        """The same of what was brought ahead of it: `pages` are those of the same granules."""
+        return self.ask({"used": {"sandbox": sandbox, "name": name}})
 
     def trace(self, sandbox: str, name: str, prior: Path | None, to: Path) -> None:
         """What a VMM has touched of a file becomes, with an earlier trace, the trace `to`."""

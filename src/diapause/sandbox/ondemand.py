@@ -148,6 +148,8 @@ class Ondemand:
         found = self._counted(record)
         if found is not None and "files" in found and record.process is not None:
             residence.measure(record.process.pid, found)
+            if record.root is not None and record.cold_base is None:
+                found["prefetch"] = self.traces.used(record.id, record.root)
         return found
 
     def _counted(self, record: SandboxRecord) -> dict[str, Any] | None:

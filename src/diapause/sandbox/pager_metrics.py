@@ -22,7 +22,8 @@ _BUCKETS = range(2, 25, 2)
 
 def pager_metrics(said: dict[str, Any], residence: dict[str, int]) -> Iterator[Metric]:
     """All of them; zeros where no pager runs."""
-    totals = said.get("totals", {"reads": {}, "stalls": 0})
+    nothing = {"reads": {}, "stalls": 0, "stored_bytes": 0, "used_bytes": 0}
+    totals = said.get("totals", nothing)
     seconds = HistogramMetricFamily(
         "diapause_pager_read_seconds", "Reads that the pager answered, from the kernel's request",
         labels=["source"],
@@ -35,9 +36,14 @@ def pager_metrics(said: dict[str, Any], residence: dict[str, int]) -> Iterator[M
         brought.add_metric([source], reads["bytes"])
     yield seconds
     yield brought
-    stalls = CounterMetricFamily("diapause_pager_stalls", "Reads that had to wait for a blob")
-    stalls.add_metric([], totals["stalls"])
-    yield stalls
+    for name, what, text in (
+        ("stalls", "stalls", "Reads that had to wait for a blob"),
+        ("prefetched_bytes", "stored_bytes", "Brought before a guest asked for it"),
+        ("prefetch_used_bytes", "used_bytes", "Of that, what a guest was seen to have touched"),
+    ):
+        counter = CounterMetricFamily(f"diapause_pager_{name}", text)
+        counter.add_metric([], totals[what])
+        yield counter
     waiting = GaugeMetricFamily("diapause_stalled", "Sandboxes that wait for a blob now")
     waiting.add_metric([], len(said.get("stalled", {})))
     yield waiting

@@ -78,10 +78,10 @@ class FromSnapshot(Start):
         found: dict[str, Any] = {
             "faults": dict(Counter(self.host.ondemand.faults(self.record)) - before)
         }
-        touched = self.host.ondemand.traces.touched(self.sandbox, self.source.id)
-        if touched is not None:
-            found["prefetched_pages"] = touched["prefetched_pages"]
-            found["used_pages"] = touched["used_pages"]
+        used = self.host.ondemand.traces.used(self.sandbox, self.source.id)
+        if used is not None and not used["late"]:  # else nobody knows
+            found["prefetched_pages"] = used["prefetched_pages"]
+            found["used_pages"] = used["used_pages"]
         return found
 
     def _enter(self) -> None:

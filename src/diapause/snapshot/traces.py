@@ -86,13 +86,22 @@ class Traces:
         with self._guard:
             self._recordings.pop(sandbox, None)
 
-    def touched(self, sandbox: str, snapshot: str) -> dict[str, Any] | None:
-        """`pages` that a VMM has touched of its memory, `prefetched_pages`, `used_pages`."""
+    def used(self, sandbox: str, snapshot: str) -> dict[str, Any] | None:
+        """What was brought ahead of a VMM's memory, and what of it the VMM has touched.
+
+        `prefetched_pages`, `used_pages`, `hit_rate` (0 to 1; null where nothing was brought), and
+        `late`: whether a pager died meanwhile, and this counts from the next one's start.
+        """
         try:
-            return self._pager.touched(sandbox, _file(snapshot))
+            said = self._pager.used(sandbox, _file(snapshot))
         except PagerUnavailable as error:
             log.info("%s: what it touched is not known: %s", sandbox, error)
             return None
+        brought, used = said["prefetched_pages"], said["used_pages"]
+        return {
+            "prefetched_pages": brought, "used_pages": used,
+            "hit_rate": round(used / brought, 4) if brought else None, "late": said["late"],
+        }  # fmt: skip
 
     def forget(self, snapshots: Iterable[str]) -> None:
         """Snapshots are gone, and so are their traces."""
