@@ -1,7 +1,8 @@
 """`make bench`: every figure, or those that are named; exits 1 where a bound is missed.
 
 python -m benchmarks [NAME...]      names: frozen saves disk memory stored resume warm forks pager
-                                    touches touches-remote at-once holders cli many check adopt
+                                    ticks touches touches-remote at-once holders cli many check
+                                    adopt
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks import (
     pager,
     resume,
     saves,
+    ticks,
     touches,
 )
 from benchmarks.guest import Bench
@@ -37,6 +39,7 @@ MEASURES: dict[str, Callable[[Bench], list[Row]]] = {
     "warm": resume.warm,
     "forks": resume.forks,
     "pager": pager.measure,
+    "ticks": ticks.measure,
     "touches": touches.measure,
     "touches-remote": touches.measure_remote,
     "at-once": at_once.forks,
