@@ -25,6 +25,8 @@ use crate::trace::{Trace, GRANULE};
 const CONNECTIONS_MAX: usize = 64;
 /// Files that one VMM runs on.
 const FILES_MAX: usize = 64;
+/// Bytes of a path.
+const PATH_BYTES_MAX: usize = 4096;
 /// Names in one answer.
 const NAMES_MAX: usize = 256;
 /// Sandboxes that wait, in one answer, and what is said of each.
@@ -97,6 +99,9 @@ pub enum Ask {
         trace: PathBuf,
         /// The most that is given.
         budget_bytes: u64,
+        /// Whose VMM hands in its memory, which is this file's: it is given to that one.
+        #[serde(default)]
+        sandbox: Option<String>,
     },
     /// What a VMM has touched of a file.
     Touched {
@@ -202,15 +207,16 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
             name,
             trace,
             budget_bytes,
-        } => prefetch(server, &name, &trace, budget_bytes)?,
-        Ask::Touched { sandbox, name } => touched(server, &sandbox, &name, touched::of)?.1,
-        Ask::Used { sandbox, name } => touched(server, &sandbox, &name, touched::of_stored)?.1,
+            sandbox,
+        } => prefetch(service, sandbox.as_deref(), &name, &trace, budget_bytes)?,
+        Ask::Touched { sandbox, name } => touched(service, &sandbox, &name, touched::of)?.1,
+        Ask::Used { sandbox, name } => touched(service, &sandbox, &name, touched::of_stored)?.1,
         Ask::Trace {
             sandbox,
             name,
             prior,
             to,
-        } => trace(server, &sandbox, &name, prior.as_deref(), &to)?,
+        } => trace(service, &sandbox, &name, prior.as_deref(), &to)?,
         Ask::Totals {} => totals(server),
         Ask::Stop {} => stop(service)?,
     };
@@ -410,50 +416,70 @@ fn seen(service: &Service, sandbox: &str) -> Result<serde_json::Value, String> {
 }
 
 fn prefetch(
-    server: &Arc<Server>,
+    service: &Service,
+    sandbox: Option<&str>,
     name: &str,
     trace: &Path,
     budget_bytes: u64,
 ) -> Result<serde_json::Value, String> {
-    let node = found(server, name)?;
-    let begun = prefetch::begin(server, &node, trace, budget_bytes);
-    let bytes = begun.map_err(|error| format!("{}: {error}", trace.display()))?;
+    if trace.as_os_str().len() > PATH_BYTES_MAX {
+        return Err(format!("a path has {PATH_BYTES_MAX} bytes at most"));
+    }
+    let server = &service.server;
+    let bytes = match sandbox {
+        Some(sandbox) => service
+            .handed
+            .prefetch(sandbox, name, trace, budget_bytes)?,
+        None => {
+            let node = found(server, name)?;
+            let begun = prefetch::begin(server, &node, trace, budget_bytes);
+            begun.map_err(|error| format!("{}: {error}", trace.display()))?
+        }
+    };
     Ok(serde_json::json!({ "bytes": bytes }))
 }
 
+/// What a VMM touched, the order in which it asked, and what is said of it.
 fn touched(
-    server: &Server,
+    service: &Service,
     sandbox: &str,
     name: &str,
     look: impl FnOnce(i32, &Node) -> io::Result<Touched>,
-) -> Result<(Touched, serde_json::Value), String> {
+) -> Result<(Touched, serde_json::Value, Vec<u32>), String> {
+    let server = &service.server;
     let client = server.clients.get(sandbox);
-    let client = client.ok_or("no VMM of it runs here")?;
+    let text = client.ok_or("no VMM of it runs here")?.text();
+    if text.handed {
+        let (touched, order, said) = service.handed.touched(sandbox, name)?;
+        return Ok((touched, said, order));
+    }
     let node = found(server, name)?;
-    let touched = look(client.text().pid, &node)
+    let touched = look(text.pid, &node)
         .map_err(|error| format!("what {sandbox} touched of {name}: {error}"))?;
     server.seen.used(name, touched.newly_used_bytes);
-    let (stored, late) = node.with_given(|given| (given.stored_count(), given.is_late()));
+    let (stored, late, order) = node.with_given(|given| {
+        let order = given.order_of(&touched.granules);
+        (given.stored_count(), given.is_late(), order)
+    });
     let said = serde_json::json!({
         "pages": touched.pages, "prefetched_pages": stored * (GRANULE / 4096),
         "used_pages": touched.stored_pages, "late": late,
     });
-    Ok((touched, said))
+    Ok((touched, said, order))
 }
 
 fn trace(
-    server: &Server,
+    service: &Service,
     sandbox: &str,
     name: &str,
     prior: Option<&Path>,
     to: &Path,
 ) -> Result<serde_json::Value, String> {
-    let (touched, said) = touched(server, sandbox, name, touched::of)?;
-    let node = found(server, name)?;
-    let order = node.with_given(|given| given.order_of(&touched.granules));
+    let (touched, said, order) = touched(service, sandbox, name, touched::of)?;
+    let size_bytes = found(&service.server, name)?.size_bytes;
     // One that can't be read any more is as good as none.
-    let known = prior.and_then(|path| Trace::read(path, node.size_bytes).ok());
-    let known = known.unwrap_or_else(|| Trace::empty(node.size_bytes));
+    let known = prior.and_then(|path| Trace::read(path, size_bytes).ok());
+    let known = known.unwrap_or_else(|| Trace::empty(size_bytes));
     let trace = known.with(&order, &touched.granules);
     let written = trace.write(to);
     written.map_err(|error| format!("{}: {error}", to.display()))?;

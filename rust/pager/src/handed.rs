@@ -3,7 +3,10 @@
 //! A VMM is announced with the socket that it will connect to, so its process is known before it
 //! says anything. What a successor needs is kept before the first fault is answered: `door/SANDBOX`
 //! is the socket until the VMM has come, `uffd/SANDBOX` its memory from then on. Where a pager dies
-//! between the two, what the VMM had said is lost and it is killed.
+//! between the two, what the VMM had said is lost and it is killed. `ahead/SANDBOX` is what
+//! it is to be given before it asks ([`replays`]).
+
+mod replays;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,6 +28,7 @@ use crate::keep::Keep;
 use crate::kept::Entry;
 use crate::nodes::Node;
 use crate::process::Process;
+use crate::replay::Came;
 use crate::server::Server;
 use crate::uffd::{
     self, leash, Guest, Host, Limits, Options, Pages, Refusal, Region, Why, Witness,
@@ -119,8 +123,11 @@ impl Handed {
             (of("uffd"), of("door"))
         });
         for (sandbox, entry) in memories {
-            if let Err(error) = entry.and_then(|entry| self.take_up_memory(&sandbox, entry)) {
-                self.give_up(&sandbox, &format!("its memory can't be taken up: {error}"));
+            match entry.and_then(|entry| self.take_up_memory(&sandbox, entry)) {
+                Ok(()) => self.replay_kept(&sandbox),
+                Err(error) => {
+                    self.give_up(&sandbox, &format!("its memory can't be taken up: {error}"));
+                }
             }
         }
         for (sandbox, entry) in doors {
@@ -136,7 +143,7 @@ impl Handed {
             .fds
             .try_into()
             .map_err(|_| io::ErrorKind::InvalidData)?;
-        let watch = self.watch(sandbox, &text.file)?;
+        let watch = self.watch(sandbox, &text.file, Came::late())?;
         let mut seats = self.lock();
         let kept = uffd::Kept {
             uffd,
@@ -214,7 +221,7 @@ impl Handed {
     }
 
     fn open_door(&self, sandbox: &str, file: &str, listener: OwnedFd) -> io::Result<()> {
-        let watch = self.watch(sandbox, file)?;
+        let watch = self.watch(sandbox, file, Came::default())?;
         let host = Arc::new(Door(watch.clone()));
         let mut seats = self.lock();
         let id = self.uffd()?.listen(UnixListener::from(listener), host)?;
@@ -265,6 +272,7 @@ impl Handed {
             Some(state) => serde_json::json!({
                 "came": true, "pages": state.pages, "filled_pages": state.filled_pages,
                 "removed_pages": state.removed_pages, "waiting": state.waiting,
+                "prefetched_pages": watch.came.ahead_bytes() / 4096,
                 "stalled": watch.stalled(&state),
             }),
         })
@@ -281,7 +289,7 @@ impl Handed {
         Ok(server)
     }
 
-    fn watch(&self, sandbox: &str, file: &str) -> io::Result<Arc<Watch>> {
+    fn watch(&self, sandbox: &str, file: &str, came: Came) -> io::Result<Arc<Watch>> {
         let node = self.server.nodes.find(file);
         Ok(Arc::new(Watch {
             node: node.ok_or_else(|| io::Error::other(format!("there is no file {file}")))?,
@@ -289,6 +297,7 @@ impl Handed {
             file: file.to_owned(),
             handed: self.own.clone(),
             server: self.server.clone(),
+            came: Arc::new(came),
             stall: Mutex::default(),
         }))
     }
@@ -301,6 +310,7 @@ impl Handed {
             let Some(seat) = seat.filter(|seat| Arc::ptr_eq(&seat.watch, &watch)) else {
                 continue;
             };
+            let came = matches!(chore, Chore::Came);
             let kept = match chore {
                 Chore::Came => {
                     if let (Some(id), Ok(uffd)) = (seat.listener.take(), self.uffd()) {
@@ -310,11 +320,16 @@ impl Handed {
                 }
                 Chore::Ended => {
                     seats.remove(&watch.sandbox);
-                    self.keep.remove(&format!("uffd/{}", watch.sandbox))
+                    let ahead = self.keep.remove(&format!("ahead/{}", watch.sandbox));
+                    ahead.and_then(|()| self.keep.remove(&format!("uffd/{}", watch.sandbox)))
                 }
             };
+            drop(seats);
             if let Err(error) = kept {
                 eprintln!("{}: {error}", watch.sandbox);
+            }
+            if came {
+                self.replay_kept(&watch.sandbox);
             }
         }
     }
@@ -327,7 +342,7 @@ impl Handed {
     }
 
     fn drop_entries(&self, sandbox: &str) {
-        for kind in ["door", "uffd"] {
+        for kind in ["door", "uffd", "ahead"] {
             if let Err(error) = self.keep.remove(&format!("{kind}/{sandbox}")) {
                 eprintln!("{sandbox}: {error}");
             }
@@ -378,6 +393,8 @@ struct Watch {
     file: String,
     handed: Weak<Handed>,
     server: Arc<Server>,
+    /// What it was given.
+    came: Arc<Came>,
     /// What it waits for, and since when.
     stall: Mutex<Option<(Unreadable, Instant)>>,
 }
@@ -442,6 +459,9 @@ impl Witness for Told {
     fn served(&self, served: &uffd::Served) {
         let seen = &self.0.server.seen;
         seen.served(&self.0.file, served.origin, served.bytes, served.latency);
+        if let Some((offset, bytes)) = served.device {
+            self.0.came.with(|given| given.read(offset, bytes));
+        }
         if served.stalled {
             self.0.set_stall(None);
         }

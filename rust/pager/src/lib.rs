@@ -32,6 +32,7 @@ pub mod nodes;
 pub mod packet;
 pub mod prefetch;
 pub mod process;
+pub mod replay;
 pub mod seen;
 pub mod server;
 pub mod service;

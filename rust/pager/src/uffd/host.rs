@@ -41,6 +41,8 @@ pub struct Served {
     pub origin: Origin,
     /// From reading the message to waking the thread.
     pub latency: Duration,
+    /// What of the device was read for them: the first byte and how many; None where nothing was.
+    pub device: Option<(u64, u64)>,
     /// Pages that were waited for.
     pub pages: u32,
     /// Bytes that are there now and were not before.

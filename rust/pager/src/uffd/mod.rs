@@ -12,6 +12,7 @@
 //! - A VMM is dead before its descriptor is closed ([`vmm`]), also where nobody is left to see to
 //!   that ([`leash`]).
 
+pub mod ahead;
 pub mod crew;
 pub mod door;
 pub mod fill;

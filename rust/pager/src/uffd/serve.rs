@@ -20,16 +20,30 @@ pub struct Scratch {
     parts: Vec<Part>,
 }
 
+/// How a window was filled.
+struct Answer {
+    origin: Origin,
+    /// What of the device was read: the first byte and how many.
+    device: Option<(u64, u64)>,
+    /// Pages.
+    filled: u32,
+}
+
 impl Session {
     /// Answers a fault, or has it tried again, or ends the VMM.
     pub(super) fn serve(&self, fault: Fault, scratch: &mut Scratch) {
         match self.answer(&fault, scratch) {
-            Ok((origin, filled)) => {
+            Ok(Answer {
+                origin,
+                device,
+                filled,
+            }) => {
                 let latency = fault.since.elapsed();
                 self.note_latency(latency);
                 self.guest().witness.served(&Served {
                     origin,
                     latency,
+                    device,
                     pages: fault.wanted.count_ones(),
                     bytes: u64::from(filled) * self.regions.list()[fault.window.region].page_size,
                     stalled: fault.stalled,
@@ -48,16 +62,20 @@ impl Session {
         }
     }
 
-    /// Fills a window; where the bytes came from, and how many pages were filled.
-    fn answer(&self, fault: &Fault, scratch: &mut Scratch) -> Result<(Origin, u32), Trouble> {
+    /// Fills a window.
+    fn answer(&self, fault: &Fault, scratch: &mut Scratch) -> Result<Answer, Trouble> {
         let filler = self.filler(fault.window);
-        let (mut first, mut origin) = (0, Origin::Zero);
+        let (mut first, mut origin, mut device) = (0, Origin::Zero, None);
         scratch.parts.clear();
         let data = filler.plan(fault.wanted).data;
         if data != 0 {
             let end = u64::BITS - data.leading_zeros();
             first = data.trailing_zeros();
             origin = self.fetch(&filler, first, end - first, scratch)?;
+            let page_size = filler.region.page_size;
+            let page = filler.window.first + u64::from(first);
+            let length = u64::from(end - first) * page_size;
+            device = Some((filler.region.offset + page * page_size, length));
         }
         let bytes = Bytes {
             first,
@@ -65,11 +83,15 @@ impl Session {
         };
         let filled = self.in_order(|| filler.fill(fault.wanted, &bytes));
         scratch.parts.clear();
-        Ok((origin, filled?))
+        Ok(Answer {
+            origin,
+            device,
+            filled: filled?,
+        })
     }
 
     /// Does something that messages must not come between, again as long as one does.
-    fn in_order<T>(&self, act: impl Fn() -> Result<T, Trouble>) -> Result<T, Trouble> {
+    pub(super) fn in_order<T>(&self, act: impl Fn() -> Result<T, Trouble>) -> Result<T, Trouble> {
         for tries in 0_u32.. {
             let shared = self.order.read().unwrap_or_else(PoisonError::into_inner);
             let result = act();
@@ -171,7 +193,7 @@ impl Session {
         let _ = self.in_order(poison);
     }
 
-    fn filler(&self, window: Window) -> Filler<'_> {
+    pub(super) fn filler(&self, window: Window) -> Filler<'_> {
         Filler {
             uffd: self.vmm().uffd(),
             ledger: &self.ledger,
@@ -179,68 +201,6 @@ impl Session {
             first_bit: self.regions.first_bit(window.region) + window.first,
             window,
         }
-    }
-
-    /// Fills pages ahead of the VMM, from the device's byte `offset` on, verified and in windows.
-    /// Stops where somebody waits for something. Returns how far it came, in the device, and how
-    /// many pages were filled.
-    ///
-    /// # Errors
-    /// Where bytes can't be had: nothing is lost, nobody waits for them.
-    pub fn prefill(
-        &self,
-        offset: u64,
-        end: u64,
-        scratch: &mut Scratch,
-    ) -> Result<(u64, u64), Unreadable> {
-        let result = self.prefill_windows(offset, end, scratch);
-        // Messages that were read in between are nobody else's.
-        self.work(scratch);
-        result
-    }
-
-    fn prefill_windows(
-        &self,
-        offset: u64,
-        end: u64,
-        scratch: &mut Scratch,
-    ) -> Result<(u64, u64), Unreadable> {
-        let (mut at, mut pages) = (offset, 0);
-        while at < end && !self.is_over() {
-            let queue = self.lock();
-            let busy = !queue.pending.is_empty() || !queue.in_hand.is_empty();
-            drop(queue);
-            if busy {
-                break;
-            }
-            let Some((window, next)) = self.window_of_offset(at) else {
-                at += self.guest().options.window_bytes;
-                continue;
-            };
-            let fault = Fault {
-                window,
-                wanted: 0,
-                since: Instant::now(),
-                stalled: false,
-            };
-            match self.answer(&fault, scratch) {
-                Ok((_, filled)) => pages += u64::from(filled),
-                Err(Trouble::Unreadable(why)) => return Err(why),
-                Err(_) => break,
-            }
-            at = next;
-        }
-        Ok((at, pages))
-    }
-
-    /// The window at an offset of the device, and the offset where the next begins.
-    fn window_of_offset(&self, offset: u64) -> Option<(Window, u64)> {
-        let mut regions = self.regions.list().iter().enumerate();
-        let (number, region) = regions
-            .find(|(_, region)| (region.offset..region.offset + region.size).contains(&offset))?;
-        let window = self.window(number, (offset - region.offset) / region.page_size);
-        let end = window.first + u64::from(window.count);
-        Some((window, region.offset + end * region.page_size))
     }
 }
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::build::Unreadable;
 use crate::process::Process;
 
 use super::crew::{spawn, Crew, Limits};
@@ -15,7 +14,6 @@ use super::host::{Guest, Host, Kept, Why};
 use super::ioctl::Uffd;
 use super::ledger::Ledger;
 use super::regions::Regions;
-use super::serve::Scratch;
 use super::session::{Session, State};
 use super::vmm::Vmm;
 
@@ -102,22 +100,9 @@ impl Server {
         }
     }
 
-    /// Fills pages of a VMM ahead of it, in the calling thread: bytes `offset..end` of the device,
-    /// until somebody waits for something. Returns how far it came and how many pages were filled.
-    ///
-    /// # Errors
-    /// Where bytes can't be had.
-    pub fn prefill(
-        &self,
-        id: u64,
-        offset: u64,
-        end: u64,
-        scratch: &mut Scratch,
-    ) -> Result<(u64, u64), Unreadable> {
-        match self.crew.session(id) {
-            Some(session) => session.prefill(offset, end, scratch),
-            None => Ok((end, 0)),
-        }
+    /// A VMM; None where it is gone.
+    pub fn session(&self, id: u64) -> Option<Arc<Session>> {
+        self.crew.session(id)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -72,6 +72,18 @@ impl Pair {
         packet::send(ours.as_fd(), &Word::Ready, &[]).unwrap();
         pair.pids();
         pair
+    }
+
+    /// Where its files are opened, for ever.
+    #[allow(dead_code)]
+    pub fn mount(&self) -> PathBuf {
+        let connection = seqpacket();
+        let address = UnixAddr::new(&self.socket()).unwrap();
+        connect(connection.as_raw_fd(), &address).unwrap();
+        packet::send(connection.as_fd(), &json!({"hello": {}}), &[]).unwrap();
+        let mut answer = packet::receive(connection.as_fd()).unwrap().unwrap();
+        let mount = answer.fds.remove(0).into_raw_fd();
+        PathBuf::from(format!("/proc/self/fd/{mount}"))
     }
 
     pub fn log(&self) -> PathBuf {
@@ -150,6 +162,7 @@ impl Pair {
         self.ask(&seen, &[]).unwrap()
     }
 
+    #[allow(dead_code)]
     pub fn detach(&self, sandbox: &str) -> Value {
         let detach = json!({"detach": {"sandbox": sandbox}});
         self.ask(&detach, &[]).unwrap()["killed"].clone()
