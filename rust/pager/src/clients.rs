@@ -125,19 +125,19 @@ impl Clients {
     }
 
     /// Whose access it is that thread `pid` waits for on a file: the VMM's that has the thread;
-    /// where nobody knows it, that of every VMM which runs on the file.
+    /// where the kernel could not say which thread it is, that of every VMM which runs on the file.
+    ///
+    /// Nobody's where the thread is gone, or is another process's, who gets an error and no page. A
+    /// VMM that waits for a page which another's read was to bring asks for itself after that.
     pub fn waiting(&self, pid: u32, file: &str) -> Vec<Arc<Client>> {
-        let process = process_of(pid);
         let all = self.all();
-        let own = |client: &&Arc<Client>| Some(client.text().pid) == process;
-        if let Some(client) = all.iter().find(own) {
-            return vec![client.clone()];
+        if pid == 0 {
+            let runs_on = |client: &Arc<Client>| client.text().files.iter().any(|one| one == file);
+            return all.into_iter().filter(runs_on).collect();
         }
-        if process.is_some() {
-            return Vec::new(); // somebody else's, who gets an error and no page
-        }
-        let runs_on = |client: &Arc<Client>| client.text().files.iter().any(|one| one == file);
-        all.into_iter().filter(runs_on).collect()
+        let process = process_of(pid);
+        let own = |client: &Arc<Client>| Some(client.text().pid) == process;
+        all.into_iter().find(own).into_iter().collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Client>>> {
@@ -152,9 +152,9 @@ fn status(pid: u32, field: &str) -> Option<String> {
     Some(line.trim_start_matches(':').trim().to_owned())
 }
 
-/// The process that a thread belongs to.
+/// The process that a thread belongs to; none where it is gone.
 fn process_of(pid: u32) -> Option<i32> {
-    (pid != 0).then(|| status(pid, "Tgid")?.parse().ok())?
+    status(pid, "Tgid")?.parse().ok()
 }
 
 /// Whether a thread is about to be killed: it only waits for an answer.
@@ -211,6 +211,7 @@ mod tests {
         assert!(client.has_ended() && is_dying(one.id()));
         assert_eq!(client.text().killed, Some(cause));
         assert!(other.try_wait().unwrap().is_none() && !is_dying(other.id()));
+        assert!(clients.waiting(one.id(), "a").is_empty()); // not the other's
         other.kill().unwrap();
         other.wait().unwrap();
     }
