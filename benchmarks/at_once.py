@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from benchmarks.guest import Bench, ondemand_command
+from benchmarks.guest import Bench
 from benchmarks.rows import Figure, Row
 from diapause.pager.client import Pager, Pair
 from diapause.units import MIB
@@ -23,7 +23,7 @@ _TICKS_S = os.sysconf("SC_CLK_TCK")
 
 def forks(_: Bench) -> list[Row]:
     """16 at once: no slower than the processors allow, and one copy of what they only read."""
-    bench = Bench(ondemand_command)
+    bench = Bench()
     try:
         guest = bench.boot()
         bench.fill(guest, 190)
@@ -33,7 +33,7 @@ def forks(_: Bench) -> list[Row]:
         began = time.perf_counter()
         found = bench.fork(snapshot, FORKS)
         took = time.perf_counter() - began
-        maps = [_ram(bench, fork, snapshot) for fork in found]
+        maps = [bench.ram(fork) for fork in found]
         bench.remove(*found, guest)
     finally:
         bench.close()
@@ -55,7 +55,7 @@ def forks(_: Bench) -> list[Row]:
 
 def holders(_: Bench) -> list[Row]:
     """What pager and keeper hold beside the page cache, with 64 guests."""
-    bench = Bench(ondemand_command)
+    bench = Bench()
     try:
         guest = bench.boot(SMALLEST_BYTES)
         snapshot = bench.pause(guest).snapshot
@@ -83,7 +83,7 @@ def _one(bench: Bench, snapshot: str) -> tuple[float, dict[str, int]]:
     before = sum(map(_cpu_s, workers))
     [fork] = bench.fork(snapshot)
     seconds = sum(map(_cpu_s, workers)) - before + _cpu_s(_vmm(bench, fork))
-    ram = _ram(bench, fork, snapshot)
+    ram = bench.ram(fork)
     bench.remove(fork)
     return seconds, ram
 
@@ -103,20 +103,6 @@ def _cpu_s(pid: int) -> float:
     """Processor time of a process and of the children that it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / _TICKS_S
-
-
-def _ram(bench: Bench, sandbox: str, snapshot: str) -> dict[str, int]:
-    """Figures of the guest RAM's mapping, bytes."""
-    found: dict[str, int] = {}
-    inside = False
-    for line in Path(f"/proc/{_vmm(bench, sandbox)}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(f"{snapshot}.memory")
-        elif inside and line.endswith(" kB"):
-            name, _, value = line.partition(":")
-            found[name] = found.get(name, 0) + int(value.split()[0]) * 1024
-    assert found.get("Pss", 0) > 0, sandbox
-    return found
 
 
 def _held(pid: int) -> int:

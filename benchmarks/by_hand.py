@@ -41,7 +41,6 @@ class ByHand:
     def __init__(self, bench: Bench, snapshot: str, scratch: Path) -> None:
         detail = bench.client.inspect_snapshot(snapshot)
         sizes = {device.name: device.size for device in detail.devices}
-        flat = bench.home.flat_of(snapshot)
         overlay = scratch / "disk0.0000001.qcow2"
         overlay.unlink(missing_ok=True)
         Templates(bench.home).overlay(sizes["disk0"], overlay)
@@ -49,7 +48,8 @@ class ByHand:
         self.plan = StartPlan(
             sandbox="byhand", identity=VmmIdentity(**vmm),
             shape=Shape(sizes["memory"], 1, (sizes["disk0"],)),
-            memory=flat / "memory", disks=(DiskFiles(flat / "disk0", overlay),),
+            memory=bench.flat(snapshot, "memory"),
+            disks=(DiskFiles(bench.flat(snapshot, "disk0"), overlay),),
             console_log=scratch / "console.log", vmm_log=scratch / "vmm.log", boot=None,
         )  # fmt: skip
         self._driver = QemuDriver(bench.home, tracker_path())
@@ -93,6 +93,9 @@ class ByHand:
                 assert found not in ("failed", "cancelled"), found
                 time.sleep(0.001)
             took = (time.perf_counter() - began) * 1e3
+            # "completed" is said a moment before the machine may go on.
+            while self.machine.checked("query-status")["status"] == "finish-migrate":
+                time.sleep(0.001)
         finally:
             os.close(fd)
         target.unlink()

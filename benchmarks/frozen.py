@@ -23,8 +23,6 @@ def measure(bench: Bench) -> list[Row]:
     bench.fill(guest, 190)  # with the kernel and the initial file system: 256 MiB in use
     bench.dirty(guest)
     base = bench.save(guest).snapshot
-    [peer_guest] = bench.fork(base)  # makes the flat files that the peer stands on
-    bench.remove(peer_guest)
     saves, pauses = _ours(bench, guest)
     migrate, unlimited, savevm, bare = _peers(bench, base)
     rows = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diapause._core import materialize
 from diapause.daemon.client import Client
 from diapause.daemon.start import DaemonCommand, daemon_command
 from diapause.driver.process import process_ref
@@ -109,6 +112,36 @@ class Bench:
         )  # fmt: skip
         return done.stdout.strip()
 
+    # -- what a guest stands on ------------------------------------------------------------------
+
+    def flat(self, snapshot: str, device: str) -> Path:
+        """A device of a packed snapshot as a plain file, made by its header for the peers."""
+        path = self.root / "flat" / snapshot / device
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place = self.home.snapshot(snapshot)
+            devices = json.loads((place / "manifest.json").read_bytes())["devices"]
+            [digest] = [one["header_digest"] for one in devices if one["name"] == device]
+            header = str(place / f"{device}.header")
+            materialize(header, digest, str(self.home.builds), str(path))
+        return path
+
+    def ram(self, sandbox: str) -> dict[str, int]:
+        """Figures of the mapping of its guest RAM, bytes, by their names in smaps."""
+        detail = self.client.inspect(sandbox)
+        assert detail.vmm is not None
+        assert detail.parent is not None
+        found: dict[str, int] = {}
+        inside = False
+        for line in Path(f"/proc/{detail.vmm.pid}/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                inside = line.endswith(f"{detail.parent}.memory")
+            elif inside and line.endswith(" kB"):
+                name, _, value = line.partition(":")
+                found[name] = found.get(name, 0) + int(value.split()[0]) * 1024
+        assert found.get("Pss", 0) > 0, sandbox
+        return found
+
     # -- work inside a guest ---------------------------------------------------------------------
 
     def fill(self, sandbox: str, size_mib: int) -> None:
@@ -118,11 +151,6 @@ class Bench:
     def dirty(self, sandbox: str) -> None:
         """Write the pages of one round."""
         self.run(sandbox, dirty_command())
-
-
-def ondemand_command(home: Home) -> list[str]:
-    """A daemon whose guests are served on demand unless asked otherwise, and no flat files made."""
-    return ["env", "DIAPAUSE_MEMORY_MODE=ondemand", *daemon_command(home)]
 
 
 def dirty_command() -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
-from pathlib import Path
 
 from benchmarks.by_hand import ByHand, scratch_of
 from benchmarks.guest import Bench
 from benchmarks.rows import Figure, Row
-from diapause._core import GuestRam
+from diapause._core import PAGE_SIZE
 from diapause.model import ResumeAnswer, ResumeRequest, RunRequest
 
 ROUNDS = 7
@@ -29,7 +27,6 @@ def resumes(bench: Bench) -> list[Row]:
     for _ in range(ROUNDS):
         answers.append(bench.client.resume(guest, ResumeRequest()))
         snapshot = bench.pause(guest, "disk").snapshot
-        wait_for_flat(bench, snapshot)
         by_hand.append(_by_hand(bench, snapshot))
     bench.remove(guest)
     whole = tuple(a.ready_ms for a in answers[1:])
@@ -51,21 +48,12 @@ def _boots(bench: Bench) -> Figure:
     return Figure("booting the same image", "ms", tuple(found))
 
 
-def wait_for_flat(bench: Bench, snapshot: str) -> None:
-    """A pause makes them behind itself."""
-    from benchmarks.guest import wait_for
-
-    known = bench.home.flat_of(snapshot) / "flat.json"
-    wait_for(known.exists, "the flat files behind a pause")
-
-
 def warm(bench: Bench) -> list[Row]:
     """A run from its ready snapshot, against a fork of a snapshot of the same age."""
     first = bench.client.run(RunRequest())
     parent = bench.client.inspect(first.sandbox).parent
     assert parent is not None
     bench.settle(parent)
-    wait_for_flat(bench, parent)
     runs: list[float] = []
     peers: list[float] = []
     boots = [first.ready_ms]
@@ -101,49 +89,22 @@ def forks(bench: Bench) -> list[Row]:
     bench.fill(guest, 190)
     snapshot = bench.pause(guest).snapshot
     [first] = bench.fork(snapshot)
-    idle = _private_pages(bench, first)
-    alone = _pss(bench, first)
+    alone = bench.ram(first)
     bench.remove(first)
     found = bench.fork(snapshot, FORKS)
-    at_once = [_private_pages(bench, fork) for fork in found]
-    together = sum(_pss(bench, fork) for fork in found)
-    private = sum(_private_pages(bench, fork) * 4096 for fork in found)
+    at_once = [_private_pages(bench.ram(fork)) for fork in found]
+    maps = [bench.ram(fork) for fork in found]
     bench.remove(*found, guest)
-    allowed = Figure("PSS of one + 1.2 x private pages", "bytes", (alone + 1.2 * private,))
+    together = sum(ram["Pss"] for ram in maps)
+    private = sum(ram["Anonymous"] for ram in maps)
+    allowed = Figure("PSS of one + 1.2 x private pages", "bytes", (alone["Pss"] + 1.2 * private,))
     bound = Figure("the bound", "pages", (float(IDLE_PAGES_MAX),))
-    owned = Figure("owned", "pages", tuple(map(float, [idle, *at_once])))
+    owned = Figure("owned", "pages", tuple(map(float, [_private_pages(alone), *at_once])))
     return [
         Row("guest RAM of 8 forks", Figure("PSS", "bytes", (float(together),)), allowed, 1.0),
         Row("pages of an idle fork when ready", owned, bound, 1.0, {"largest": max(at_once)}),
     ]
 
 
-def _pid(bench: Bench, sandbox: str) -> int:
-    vmm = bench.client.inspect(sandbox).vmm
-    assert vmm is not None
-    return vmm.pid
-
-
-def _memory_of(bench: Bench, sandbox: str) -> Path:
-    parent = bench.client.inspect(sandbox).parent
-    assert parent is not None
-    return bench.home.flat_of(parent) / "memory"
-
-
-def _private_pages(bench: Bench, sandbox: str) -> int:
-    detail = bench.client.inspect(sandbox)
-    ram = GuestRam(_pid(bench, sandbox), str(_memory_of(bench, sandbox)), detail.memory_bytes)
-    return ram.estimate("private")
-
-
-def _pss(bench: Bench, sandbox: str) -> int:
-    """PSS of the guest RAM's mapping alone, bytes."""
-    memory = str(_memory_of(bench, sandbox))
-    total, inside = 0, False
-    for line in Path(f"/proc/{_pid(bench, sandbox)}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(memory)
-        elif inside and line.startswith("Pss:"):
-            total += int(line.split()[1]) * 1024
-    assert total > 0, memory
-    return total
+def _private_pages(ram: dict[str, int]) -> int:
+    return ram["Anonymous"] // PAGE_SIZE

@@ -135,17 +135,15 @@ def stored_bytes(bench: Bench) -> list[Row]:
 
 
 def _changed_bytes(bench: Bench, snapshot: str) -> int:
-    """Pages whose bytes differ between a snapshot's flat files and its parent's."""
+    """Pages whose bytes differ between a snapshot and its parent."""
     detail = bench.client.inspect_snapshot(snapshot)
     assert detail.parent is not None
-    # A fork makes the flat files that are not there.
-    bench.remove(*bench.fork(snapshot), *bench.fork(detail.parent))
     return sum(_differing(bench, snapshot, detail.parent, device.name) for device in detail.devices)
 
 
 def _differing(bench: Bench, left: str, right: str, device: str) -> int:
     chunk, changed = 16 * MIB, 0
-    ours, theirs = bench.home.flat_of(left) / device, bench.home.flat_of(right) / device
+    ours, theirs = bench.flat(left, device), bench.flat(right, device)
     with ours.open("rb") as a, theirs.open("rb") as b:
         while (mine := a.read(chunk)) and (other := b.read(chunk)):
             if mine == other:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 from benchmarks.guest import Bench, wait_for
 from benchmarks.pager import ROOT, example, run
-from benchmarks.resume import wait_for_flat
 from benchmarks.rows import Figure, Row
 from diapause.daemon.start import daemon_command
 from diapause.model import ResumeRequest
@@ -46,7 +45,7 @@ class Toucher:
         start = f"setsid /tmp/touch {WORKING_SET_MIB} {_OUT} </dev/null >/dev/null 2>&1 &"
         bench.run(self.guest, f"chmod +x /tmp/touch; sh -c '{start}'")
         wait_for(lambda: self._lines() == 1, "the guest's memory")
-        self.snapshot = bench.pause(self.guest, "disk").snapshot
+        bench.pause(self.guest, "disk")
 
     def touched_ms(self, mode: Literal["ondemand", "copy"], *, traced: bool = False) -> float:
         """Resume; what the touches took; paused again afterwards."""
@@ -54,9 +53,7 @@ class Toucher:
         if not traced and traces.exists():
             for path in traces.iterdir():
                 path.unlink()
-        if mode == "copy":
-            wait_for_flat(self.bench, self.snapshot)
-        else:
+        if mode == "ondemand":
             _drop_caches()
         time.sleep(_STANDS_S)
         answer = self.bench.client.resume(self.guest, ResumeRequest(memory_mode=mode))
@@ -65,7 +62,7 @@ class Toucher:
         self.resumes += 1
         wait_for(lambda: self._lines() > self.resumes, "the touches")
         last = self.bench.run(self.guest, f"tail -n 1 {_OUT}")
-        self.snapshot = self.bench.pause(self.guest, "disk").snapshot
+        self.bench.pause(self.guest, "disk")
         return int(last.split()[0]) / 1000
 
     def _lines(self) -> int:

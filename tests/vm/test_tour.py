@@ -59,4 +59,4 @@ def test_the_tour(tiny_home: Home) -> None:
     assert len(re.findall(r"^[0-9a-f]{16}$", end, re.MULTILINE)) == 3
     assert end.rstrip().splitlines()[-1].split()[1] == "before"
     assert list(tiny_home.sandboxes.iterdir()) == []
-    assert len(processes_of(tiny_home)) == 1, "the daemon, and no guest"
+    assert len(processes_of(tiny_home)) == 3, "daemon, pager, keeper, and no guest"

@@ -24,7 +24,7 @@ Examples:
     "--memory-mode",
     type=click.Choice(["ondemand", "copy"]),
     default=None,
-    help="Fetch memory as the guest touches it, or have it all there first (default: copy).",
+    help="Fetch memory as the guest touches it, or have it all there first (default: ondemand).",
 )
 @click.option("--cold", is_flag=True, help="Boot a stopped or failed sandbox on its own disk.")
 @json_option

@@ -40,6 +40,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diapause.ondemand")
 LOST = "its pager and the keeper have ended"
+VARIABLE, MODES = "DIAPAUSE_MEMORY_MODE", ("ondemand", "copy")
+
+
+def _mode() -> str:
+    """What the daemon was told of whoever doesn't say; else on demand."""
+    told = os.environ.get(VARIABLE, MODES[0])
+    if told not in MODES:
+        log.warning("%s is %r and not one of %s: it is %s", VARIABLE, told, MODES, MODES[0])
+        return MODES[0]
+    return told
 
 
 class Ondemand:
@@ -47,13 +57,14 @@ class Ondemand:
 
     def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
         self._catalog = catalog
+        self._mode = _mode()
         self.pager = Pager(home)
         self.served = Served(home, catalog, templates, leases, self.pager)
         self.traces = Traces(home, catalog, self.pager)
 
     def wanted(self, asked: Literal["ondemand", "copy"] | None) -> bool:
         """Whether memory is served on demand: what was asked for, else what the daemon was told."""
-        return (asked or os.environ.get("DIAPAUSE_MEMORY_MODE", "copy")) == "ondemand"
+        return (asked or self._mode) == "ondemand"
 
     def usual(self) -> bool:
         """Whether guests that nobody says otherwise of are served on demand here; it is tried."""
