@@ -58,6 +58,7 @@ class Ondemand:
     def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
         self._catalog = catalog
         self._mode = _mode()
+        self._possible = False  # as far as was tried
         self.pager = Pager(home)
         self.served = Served(home, catalog, templates, leases, self.pager)
         self.traces = Traces(home, catalog, self.pager)
@@ -67,8 +68,11 @@ class Ondemand:
         return (asked or self._mode) == "ondemand"
 
     def usual(self) -> bool:
-        """Whether guests that nobody says otherwise of are served on demand here; it is tried."""
-        return self.wanted(None) and process.probe() is None
+        """Whether guests that nobody says otherwise of are served on demand here; it is tried until
+        it was possible once. Who asks only wants to know what to have ready."""
+        if self.wanted(None) and not self._possible:
+            self._possible = self.pid() is not None or process.probe() is None
+        return self._possible
 
     def serve(self, record: SandboxRecord, source: SnapshotRecord) -> dict[str, Path]:
         """The files of a snapshot, by device; the row says whose they are.
