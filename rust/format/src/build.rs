@@ -80,8 +80,8 @@ impl FrameEntry {
     }
 }
 
-/// The head of a build of so many pages.
-pub(crate) fn encode_head(page_count: u64) -> [u8; HEAD_LEN] {
+/// The head of a build of so many pages: it follows from them.
+pub fn build_head(page_count: u64) -> [u8; HEAD_LEN] {
     let mut head = [0; HEAD_LEN];
     put(&mut head, 0, MAGIC);
     put_u32(&mut head, 8, VERSION);

@@ -2,7 +2,7 @@
 
 use std::io::{Seek, SeekFrom, Write};
 
-use crate::build::{encode_footer, encode_head, FrameEntry, FOOTER_LEN, HEAD_LEN};
+use crate::build::{build_head, encode_footer, FrameEntry, FOOTER_LEN, HEAD_LEN};
 use crate::error::{at_most, Result};
 use crate::frame::{EncodedFrame, FRAME_PAGES};
 use crate::header::PAGES_MAX;
@@ -84,7 +84,7 @@ impl<W: Write + Seek> BuildWriter<W> {
     /// # Errors
     /// The write failed.
     pub fn finish(mut self) -> Result<(BuildSummary, W)> {
-        let head = encode_head(self.page_count);
+        let head = build_head(self.page_count);
         let id: Digest = *blake3::Hasher::new()
             .update(&head)
             .update(&self.table)

@@ -26,7 +26,7 @@ mod index;
 mod page;
 mod varint;
 
-pub use build::{BuildTable, FrameEntry, FOOTER_LEN, HEAD_LEN};
+pub use build::{build_head, BuildTable, FrameEntry, FOOTER_LEN, HEAD_LEN};
 pub use build_write::{BuildSummary, BuildWriter};
 pub use capture_file::{CaptureHead, CaptureLayout, CAPTURE_HEAD_LEN, SUM_LEN};
 pub use compose::{overwrite, Differ, Difference, Side, NEW_BUILD};

@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use diapause_format::{
-    hex, BuildRef, BuildTable, Digest, FormatError, FOOTER_LEN, FRAME_PAGES, HEAD_LEN,
+    build_head, hex, BuildRef, BuildTable, Digest, FormatError, FOOTER_LEN, FRAME_PAGES, HEAD_LEN,
 };
 
-use crate::blobs::{Blob, BlobError, BlobSource, Medium};
+use crate::blobs::{Blob, BlobError, BlobSource, Medium, Opened};
 use crate::flight::{Claim, Flights, Missed, Waiter};
 use crate::workers::Workers;
 
@@ -61,6 +61,12 @@ impl fmt::Display for Unreadable {
 }
 
 impl std::error::Error for Unreadable {}
+
+impl From<Unreadable> for io::Error {
+    fn from(error: Unreadable) -> Self {
+        Self::other(error)
+    }
+}
 
 /// One build, its table verified.
 #[derive(Debug)]
@@ -116,7 +122,10 @@ impl Builds {
     /// Missing, damaged, not available: the first of them.
     pub fn get(&self, wanted: &[&BuildRef]) -> Result<Vec<Arc<Build>>, Unreadable> {
         let aside = self.source.medium().has_latency();
-        let asked: Vec<_> = wanted.iter().map(|build| self.ask(build, aside)).collect();
+        let asked: Vec<_> = wanted
+            .iter()
+            .map(|build| self.ask_open(build, aside))
+            .collect();
         asked
             .into_iter()
             .map(|asked| asked.or_else(|(id, waiter)| self.await_open(&id, &waiter)))
@@ -124,7 +133,7 @@ impl Builds {
     }
 
     /// The build, or where to wait for it.
-    fn ask(&self, wanted: &BuildRef, aside: bool) -> Result<Arc<Build>, Opening> {
+    fn ask_open(&self, wanted: &BuildRef, aside: bool) -> Result<Arc<Build>, Opening> {
         let kept = || locked(&self.open).get(&wanted.id).and_then(Weak::upgrade);
         let landing = match self.opening.claim(wanted.id, kept) {
             Claim::Kept(build) => return Ok(build),
@@ -191,20 +200,25 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Build {
     fn open(source: &dyn BlobSource, wanted: &BuildRef, number: u64) -> Result<Self, Unreadable> {
         let name = blob_name(&wanted.id);
-        let blob = source.open(&hex(&wanted.id));
-        let blob = blob.map_err(|error| failed(&name, &error))?;
-        let size_bytes = blob.size_bytes();
         let table_bytes = wanted.pages.div_ceil(FRAME_PAGES as u64) * ENTRY_BYTES;
+        let end_bytes = table_bytes + FOOTER_LEN as u64;
+        let opened = source.open_with_end(&hex(&wanted.id), end_bytes);
+        let Opened { blob, end } = opened.map_err(|error| failed(&name, &error))?;
+        let size_bytes = blob.size_bytes();
         // Before anything is allocated for a table of a size that another claims.
-        if size_bytes < table_bytes + (HEAD_LEN + FOOTER_LEN) as u64 {
+        if size_bytes < end_bytes + HEAD_LEN as u64 {
             return Err(failed(&name, &BlobError::Short));
         }
+        let came = end.len() as u64 == end_bytes;
         let mut reader = Reader {
             blob: &*blob,
             size_bytes,
             at: 0,
-            tail: Vec::new(),
-            tail_bytes: (table_bytes + FOOTER_LEN as u64) as usize,
+            // Where the end came first, a request for the head would tell nothing: it follows from
+            // the count of pages, and the id, which is compared, is of it and the table.
+            head: came.then(|| build_head(wanted.pages)),
+            tail: if came { end } else { Vec::new() },
+            tail_bytes: end_bytes as usize,
         };
         let table = BuildTable::read_of(&mut reader, size_bytes, &wanted.id, wanted.pages);
         let table = table.map_err(|error| wrong(&name, error))?;
@@ -264,11 +278,12 @@ fn wrong(blob: &str, error: FormatError) -> Unreadable {
     }
 }
 
-/// A blob as a stream, for its table: table and footer come with one request.
+/// A blob as a stream, for its table: table and footer come with one request, or came before.
 struct Reader<'a> {
     blob: &'a dyn Blob,
     size_bytes: u64,
     at: u64,
+    head: Option<[u8; HEAD_LEN]>,
     tail: Vec<u8>,
     tail_bytes: usize,
 }
@@ -277,6 +292,16 @@ impl Read for Reader<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let tail_at = self.size_bytes - self.tail_bytes as u64;
         let Some(inside) = self.at.checked_sub(tail_at) else {
+            let head = self
+                .head
+                .as_ref()
+                .and_then(|head| head.get(self.at as usize..));
+            if let Some(rest) = head.filter(|rest| !rest.is_empty()) {
+                let length = rest.len().min(into.len());
+                into[..length].copy_from_slice(&rest[..length]);
+                self.at += length as u64;
+                return Ok(length);
+            }
             let length = into
                 .len()
                 .min(usize::try_from(tail_at - self.at).unwrap_or(usize::MAX));

@@ -383,7 +383,7 @@ fn a_server_that_lies_is_found_out() {
     assert!(error.damaged, "{error}");
     // In the frames alone.
     setup.server.act(|request, _| match request {
-        0 | 1 => Act::Serve,
+        0 => Act::Serve,
         _ => Act::Lie,
     });
     let device = setup.device();
@@ -411,17 +411,83 @@ fn a_source_that_goes_away_is_an_error_and_comes_back() {
 }
 
 #[test]
-fn opening_takes_two_requests_and_a_window_one() {
+fn opening_takes_one_request_and_a_window_one() {
     let setup = Setup::new(2000);
     setup.server.always(Act::Slow(Duration::from_millis(20)));
     let device = setup.device();
     setup.world.check(&device, 0, 100);
     let requests = setup.server.requests();
-    assert_eq!(requests.len(), 3, "{requests:?}");
+    assert_eq!(requests.len(), 2, "{requests:?}");
+    let table_and_footer = 2000_usize.div_ceil(16) * 32 + 64;
+    assert_eq!(requests[0].1, format!("bytes=-{table_and_footer}"));
     for offset in (0..4 << 20).step_by(128 << 10) {
         setup.world.check(&device, offset, 128 << 10);
     }
-    assert_eq!(setup.server.requests().len(), 3);
+    assert_eq!(setup.server.requests().len(), 2);
+}
+
+#[test]
+fn a_server_that_does_not_count_from_the_end_is_asked_from_the_start_from_then_on() {
+    for act in [200, 206, 400, 416, 501].map(Act::FromStartOnly) {
+        let setup = Setup::new(2000);
+        setup.server.always(act.clone());
+        for first in [1, 0] {
+            setup.server.always(act.clone());
+            let device = setup.device();
+            setup.world.check(&device, 0, 100);
+            let ranges: Vec<String> = setup.server.requests().into_iter().map(|r| r.1).collect();
+            let expected = ["bytes=-4064", "bytes=0-4095"];
+            assert_eq!(
+                ranges[..=first],
+                expected[1 - first..],
+                "{act:?}: {ranges:?}"
+            );
+            assert_eq!(ranges.len(), first + 3, "{act:?}: {ranges:?}");
+        }
+        setup
+            .world
+            .check(&setup.device(), 0, setup.world.expected.len());
+    }
+}
+
+#[test]
+fn the_end_of_a_blob_is_all_of_a_small_one_and_never_more_than_was_asked_for() {
+    let setup = Setup::new(1);
+    let small = setup.world.builds_directory().join("small");
+    for (size, act) in [
+        (0, Act::Serve),
+        (1, Act::Serve),
+        (99, Act::Whole),
+        (99, Act::Chunked),
+    ] {
+        std::fs::write(&small, vec![7; size]).unwrap();
+        setup.server.always(act);
+        let opened = setup.source.open_with_end("small", 99).unwrap();
+        assert_eq!(
+            (opened.blob.size_bytes(), opened.end),
+            (size as u64, vec![7; size])
+        );
+    }
+    std::fs::write(&small, vec![7; 300]).unwrap();
+    let opened = setup.source.open_with_end("small", 99).unwrap();
+    assert_eq!((opened.blob.size_bytes(), opened.end.len()), (300, 99));
+    // More than that costs a request of its own.
+    setup.server.always(Act::Serve);
+    let opened = setup.source.open_with_end("small", 1 << 40).unwrap();
+    assert_eq!((opened.blob.size_bytes(), opened.end.len()), (300, 0));
+    assert_eq!(setup.server.requests()[0].1, "bytes=0-4095");
+    for (act, cause) in [
+        (Act::NoRange, "with range \"\""),
+        (Act::LongerSaid, "more than its range"),
+        (Act::LongerSent, "more than its range"),
+        (Act::ShorterSaid, "less than its range"),
+        (Act::Encoded, "encodes"),
+        (Act::Status(403), "status 403"),
+    ] {
+        setup.server.always(act);
+        let error = setup.source.open_with_end("small", 99).unwrap_err();
+        unavailable(&error, cause);
+    }
 }
 
 #[test]

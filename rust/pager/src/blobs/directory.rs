@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::{posix_fadvise, PosixFadviseAdvice};
 use nix::sys::uio::preadv;
 
-use super::{Blob, BlobError, BlobSource, Medium};
+use super::{Blob, BlobError, BlobSource, Medium, Opened};
 
 const LOCAL: Medium = Medium {
     name: "local",
@@ -27,10 +27,13 @@ struct LocalFile {
 }
 
 impl BlobSource for Directory {
-    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError> {
+    fn open_with_end(&self, name: &str, _end_bytes: u64) -> Result<Opened, BlobError> {
         let file = File::open(self.0.join(name))?;
         let size_bytes = file.metadata()?.len();
-        Ok(Box::new(LocalFile { file, size_bytes }))
+        Ok(Opened {
+            blob: Box::new(LocalFile { file, size_bytes }),
+            end: Vec::new(),
+        })
     }
 
     fn medium(&self) -> Medium {

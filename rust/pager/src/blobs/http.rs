@@ -8,21 +8,25 @@
 
 use std::fmt;
 use std::io::{self, IoSliceMut, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ureq::http::{header, HeaderMap, Response, Uri};
 use ureq::{Agent, Body, BodyReader, Timeout};
 
-use super::{Blob, BlobError, BlobSource, Medium};
+use super::{Blob, BlobError, BlobSource, Medium, Opened};
 
 const HTTP: Medium = Medium {
     name: "http",
     window_bytes: 4 << 20,
-    parallel: 8,
+    parallel: 28,
 };
-/// What opening brings besides the size: the head of a build, and all of a small one.
+/// What a look at a blob brings besides its size: all of a small one.
 const HEAD_BYTES: u64 = 4096;
+/// The most of a blob's end that comes with its size: the table of a build of nearly 8 GiB. A
+/// larger one is asked for by itself.
+const END_BYTES_MAX: u64 = 4 << 20;
 /// Of each connection that is kept.
 const INPUT_BYTES: usize = 64 << 10;
 const OUTPUT_BYTES: usize = 4 << 10;
@@ -146,6 +150,8 @@ pub struct HttpSource {
     base: String,
     agent: Agent,
     limits: HttpLimits,
+    /// Whether the server was seen not to know ranges that count from the end.
+    from_start_only: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -155,6 +161,12 @@ struct HttpBlob {
     limits: HttpLimits,
     size_bytes: u64,
     head: Vec<u8>,
+}
+
+/// A blob's size, and bytes of it that came with that.
+enum Look {
+    Head(u64, Vec<u8>),
+    End(u64, Vec<u8>),
 }
 
 impl HttpSource {
@@ -192,12 +204,26 @@ impl HttpSource {
             base: url.trim_end_matches('/').to_owned(),
             agent: config.build().new_agent(),
             limits,
+            from_start_only: AtomicBool::new(false),
         })
+    }
+
+    /// A blob's size with its last bytes or, of a server that can't count from the end, with its
+    /// first.
+    fn look(&self, blob: &HttpBlob, end_bytes: u64, tries: &Tries) -> Result<Look, Fault> {
+        let asked = (1..=END_BYTES_MAX).contains(&end_bytes);
+        if asked && !self.from_start_only.load(Ordering::Relaxed) {
+            if let Some(look) = blob.ask_end(end_bytes, tries)? {
+                return Ok(look);
+            }
+            self.from_start_only.store(true, Ordering::Relaxed);
+        }
+        blob.ask_head(tries)
     }
 }
 
 impl BlobSource for HttpSource {
-    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError> {
+    fn open_with_end(&self, name: &str, end_bytes: u64) -> Result<Opened, BlobError> {
         let mut blob = HttpBlob {
             url: format!("{}/{name}", self.base),
             agent: self.agent.clone(),
@@ -206,15 +232,16 @@ impl BlobSource for HttpSource {
             head: Vec::new(),
         };
         let mut tries = Tries::new(&self.limits);
-        loop {
-            match blob.ask_head(&tries) {
-                Ok((size_bytes, head)) => {
-                    (blob.size_bytes, blob.head) = (size_bytes, head);
-                    return Ok(Box::new(blob));
-                }
+        let (size_bytes, head, end) = loop {
+            match self.look(&blob, end_bytes, &tries) {
+                Ok(Look::Head(size_bytes, head)) => break (size_bytes, head, Vec::new()),
+                Ok(Look::End(size_bytes, end)) => break (size_bytes, Vec::new(), end),
                 Err(fault) => tries.again(fault)?,
             }
-        }
+        };
+        (blob.size_bytes, blob.head) = (size_bytes, head);
+        let blob = Box::new(blob);
+        Ok(Opened { blob, end })
     }
 
     fn medium(&self) -> Medium {
@@ -259,12 +286,12 @@ impl Blob for HttpBlob {
 }
 
 impl HttpBlob {
-    /// Asks for bytes `start..end`.
-    fn ask(&self, start: u64, end: u64, tries: &Tries) -> Result<Response<Body>, Fault> {
+    /// Asks for a range.
+    fn ask(&self, range: &str, tries: &Tries) -> Result<Response<Body>, Fault> {
         let request = self
             .agent
             .get(&self.url)
-            .header(header::RANGE, format!("bytes={start}-{}", end - 1))
+            .header(header::RANGE, format!("bytes={range}"))
             .config()
             .timeout_global(Some(tries.left()))
             .build();
@@ -279,9 +306,34 @@ impl HttpBlob {
         }
     }
 
+    /// The size of the blob and its last bytes; None where the server does not count from the end.
+    fn ask_end(&self, bytes: u64, tries: &Tries) -> Result<Option<Look>, Fault> {
+        let response = match self.ask(&format!("-{bytes}"), tries) {
+            Err(Fault::Status(400 | 501)) => return Ok(None),
+            other => other?,
+        };
+        let range = content_range(response.headers());
+        let length = response.body().content_length();
+        let (size, mut end) = match (response.status().as_u16(), range, length) {
+            (206, Ok((start, end, size)), _) if end == size && end - start == size.min(bytes) => {
+                (size, vec![0; (end - start) as usize])
+            }
+            // All of it is its end: to ignore the range is as good as to heed it.
+            (200, _, Some(size)) if size <= bytes => (size, vec![0; size as usize]),
+            (416, Err(range), _) if range == "bytes */0" => {
+                return Ok(Some(Look::End(0, Vec::new())))
+            }
+            (200 | 416, ..) | (206, Ok(_), _) => return Ok(None),
+            (206, range, _) => return Err(wrong_range(range)),
+            (status, ..) => return Err(Fault::Status(status)),
+        };
+        self.fill(response, &mut end)?;
+        Ok(Some(Look::End(size, end)))
+    }
+
     /// The size of the blob and its first bytes.
-    fn ask_head(&self, tries: &Tries) -> Result<(u64, Vec<u8>), Fault> {
-        let response = self.ask(0, HEAD_BYTES, tries)?;
+    fn ask_head(&self, tries: &Tries) -> Result<Look, Fault> {
+        let response = self.ask(&format!("0-{}", HEAD_BYTES - 1), tries)?;
         let range = content_range(response.headers());
         let length = response.body().content_length();
         let (size, mut head) = match (response.status().as_u16(), range, length) {
@@ -291,19 +343,24 @@ impl HttpBlob {
             // The range covers it all: to ignore it is as good as to heed it.
             (200, _, Some(size)) if size <= HEAD_BYTES => (size, vec![0; size as usize]),
             (200, ..) => return Err(Fault::IgnoresRange),
-            (416, Err(range), _) if range == "bytes */0" => return Ok((0, Vec::new())),
+            (416, Err(range), _) if range == "bytes */0" => return Ok(Look::Head(0, Vec::new())),
             (206, range, _) => return Err(wrong_range(range)),
             (status, ..) => return Err(Fault::Status(status)),
         };
-        let mut body = self.body(response, head.len() as u64)?;
-        body.read_exact(&mut head)?;
-        at_end(&mut body)?;
-        Ok((size, head))
+        self.fill(response, &mut head)?;
+        Ok(Look::Head(size, head))
+    }
+
+    /// All of a body, which has the length of `into`.
+    fn fill(&self, response: Response<Body>, into: &mut [u8]) -> Result<(), Fault> {
+        let mut body = self.body(response, into.len() as u64)?;
+        body.read_exact(into)?;
+        at_end(&mut body)
     }
 
     /// The bytes `start..end`, to be read.
     fn ask_range(&self, start: u64, end: u64, tries: &Tries) -> Result<BodyReader<'static>, Fault> {
-        let response = self.ask(start, end, tries)?;
+        let response = self.ask(&format!("{start}-{}", end - 1), tries)?;
         let range = content_range(response.headers());
         match (response.status().as_u16(), range) {
             (206, Ok((from, to, size))) if (from, to) == (start, end) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Blob, BlobError, BlobSource, Medium};
+use super::{BlobError, BlobSource, Medium, Opened};
 
 /// A medium, and another for the blobs that it does not have.
 #[derive(Debug)]
@@ -19,12 +19,13 @@ impl Layered {
 }
 
 impl BlobSource for Layered {
-    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError> {
-        let missed = match self.first.open(name) {
+    fn open_with_end(&self, name: &str, end_bytes: u64) -> Result<Opened, BlobError> {
+        let missed = match self.first.open_with_end(name, end_bytes) {
             Err(missed @ (BlobError::Missing | BlobError::Unavailable(_))) => missed,
             found_or_wrong => return found_or_wrong,
         };
-        self.second.open(name).map_err(|also| match missed {
+        let found = self.second.open_with_end(name, end_bytes);
+        found.map_err(|also| match missed {
             // That it is missing there says less than why it can't be had here.
             BlobError::Unavailable(_) if also == BlobError::Missing => missed,
             _ => also,

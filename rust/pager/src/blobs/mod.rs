@@ -78,13 +78,31 @@ impl From<BlobError> for io::Error {
     }
 }
 
+/// A blob that was found.
+#[derive(Debug)]
+pub struct Opened {
+    /// The blob.
+    pub blob: Box<dyn Blob>,
+    /// Bytes of its end that came with finding it; none where asking for them costs no round trip.
+    pub end: Vec<u8>,
+}
+
 /// A medium that holds blobs by name; what it returns is believed by nobody.
 pub trait BlobSource: fmt::Debug + Send + Sync {
-    /// Finds a blob. A blob that is put in the place of another is found by the next call.
+    /// Finds a blob whose last `end_bytes` will be read first. A blob that is put in the place of
+    /// another is found by the next call.
     ///
     /// # Errors
     /// Any [`BlobError`].
-    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError>;
+    fn open_with_end(&self, name: &str, end_bytes: u64) -> Result<Opened, BlobError>;
+
+    /// Finds a blob.
+    ///
+    /// # Errors
+    /// Any [`BlobError`].
+    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError> {
+        self.open_with_end(name, 0).map(|opened| opened.blob)
+    }
 
     /// What reading from it costs, at worst.
     fn medium(&self) -> Medium;

@@ -15,7 +15,7 @@ use diapause_format::{
     CaptureLayout, Digest, Encoder, Extent, HeaderWriter, Target, CAPTURE_HEAD_LEN, FRAME_BYTES,
     PAGE_SIZE,
 };
-use diapause_pager::blobs::{Blob, BlobError, BlobSource, Directory, Medium};
+use diapause_pager::blobs::{Blob, BlobError, BlobSource, Directory, Medium, Opened};
 use diapause_pager::build::Builds;
 use diapause_pager::build::Frames;
 use diapause_pager::device::{Device, Part};
@@ -452,14 +452,16 @@ impl Watched {
 }
 
 impl BlobSource for Watched {
-    fn open(&self, name: &str) -> Result<Box<dyn Blob>, BlobError> {
+    fn open_with_end(&self, name: &str, end_bytes: u64) -> Result<Opened, BlobError> {
         *self.log().opened.entry(name.to_owned()).or_default() += 1;
-        Ok(Box::new(WatchedBlob {
+        let Opened { blob, end } = self.directory.open_with_end(name, end_bytes)?;
+        let blob = Box::new(WatchedBlob {
             name: name.to_owned(),
-            blob: self.directory.open(name)?,
+            blob,
             medium: self.medium,
             log: self.log.clone(),
-        }))
+        });
+        Ok(Opened { blob, end })
     }
 
     fn medium(&self) -> Medium {

@@ -42,6 +42,8 @@ pub enum Act {
     LongerSent,
     ShorterSaid,
     Encoded,
+    /// Ranges that count from the end are answered so, others as they should be.
+    FromStartOnly(u16),
     /// Right in all, but for a bit.
     Lie,
     Garbage,
@@ -173,13 +175,17 @@ impl Shared {
         let Ok(blob) = File::open(self.directory.join(name)) else {
             return self.answer(to, path, range, &Act::Status(404));
         };
-        let (first, last) = range
-            .strip_prefix("bytes=")
-            .unwrap()
-            .split_once('-')
-            .unwrap();
-        let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
         let size = blob.metadata()?.len() as usize;
+        let (first, last) = match (range_of(range), act) {
+            ((None, count), Act::FromStartOnly(other)) => match other {
+                // As servers do that take no heed of it, do not know it, or misread it.
+                200 => return self.answer(to, path, range, &Act::Whole),
+                206 => (0, count),
+                status => return self.answer(to, path, range, &Act::Status(*status)),
+            },
+            ((None, count), _) => (size.saturating_sub(count), size.max(1) - 1),
+            ((Some(first), last), _) => (first, last),
+        };
         let part = |first: usize, end: usize| {
             let mut bytes = vec![0; end - first];
             blob.read_exact_at(&mut bytes, first as u64).map(|()| bytes)
@@ -303,6 +309,16 @@ impl Answer {
         let length = (!chunked).then_some(body.len());
         Self { said, length, body }
     }
+}
+
+/// First and last byte; of a range that counts from the end, how many bytes.
+fn range_of(range: &str) -> (Option<usize>, usize) {
+    let (first, last) = range
+        .strip_prefix("bytes=")
+        .unwrap()
+        .split_once('-')
+        .unwrap();
+    (first.parse().ok(), last.parse().unwrap())
 }
 
 /// Path and range.
