@@ -72,6 +72,21 @@ pub enum Origin {
     Remote,
 }
 
+/// Bytes of a device that are stored in one frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Number of the build in the header.
+    pub(crate) build: u32,
+    /// Number of the frame.
+    pub(crate) frame: u64,
+    /// First byte of the frame.
+    pub(crate) from: usize,
+    /// How many bytes.
+    pub(crate) length: usize,
+    /// First byte of the device.
+    pub(crate) offset: u64,
+}
+
 /// A device that was opened.
 #[derive(Debug)]
 pub struct Device {
@@ -134,6 +149,58 @@ impl Device {
     /// Whether bytes come over a medium with latency.
     pub fn has_latency(&self) -> bool {
         self.builds.medium().has_latency()
+    }
+
+    /// What brings its frames.
+    pub(crate) fn builds(&self) -> &Builds {
+        &self.builds
+    }
+
+    /// Where the bytes from `offset` on are stored in builds; what is stored in none of them is
+    /// added to `others`, as first byte and bytes.
+    pub(crate) fn places(
+        &self,
+        offset: u64,
+        size: u64,
+        others: &mut Vec<(u64, u64)>,
+    ) -> Vec<Place> {
+        let end = self.size_bytes.min(offset.saturating_add(size));
+        let mut places = Vec::new();
+        for extent in self.index.extents_from(offset / PAGE) {
+            let mut first = offset.max(extent.page * PAGE);
+            if first >= end {
+                break;
+            }
+            let last = end.min(extent.end() * PAGE);
+            let build = extent.target.build;
+            if extent.target.is_zero() || self.index.build(build).kind != BuildKind::Packed {
+                others.push((first, last - first));
+                continue;
+            }
+            while first < last {
+                let at = extent.target.position * PAGE + (first - extent.page * PAGE);
+                let length = (last - first).min(FRAME - at % FRAME);
+                places.push(Place {
+                    build,
+                    frame: at / FRAME,
+                    from: (at % FRAME) as usize,
+                    length: length as usize,
+                    offset: first,
+                });
+                first += length;
+            }
+        }
+        places
+    }
+
+    /// Builds by their numbers, all opened at once, in their order.
+    ///
+    /// # Errors
+    /// Damaged, not available: the first that is.
+    pub(crate) fn open_builds(&self, numbers: &[u32]) -> Result<Vec<Arc<Build>>, Unreadable> {
+        let first: Vec<(u32, u64)> = numbers.iter().map(|number| (*number, 0)).collect();
+        let wanted = self.wanted(&first)?;
+        Ok(wanted.into_iter().map(|(build, _)| build).collect())
     }
 
     /// The totals of its header.

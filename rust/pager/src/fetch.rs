@@ -15,6 +15,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{IoSliceMut, Read};
 use std::sync::Arc;
+use std::time::Instant;
 
 use diapause_format::{digest16, Decoder, FormatError, FrameEntry, FRAME_BYTES};
 
@@ -31,6 +32,14 @@ const STORED_KEPT: usize = 1 << 20;
 /// A frame that is wanted.
 pub(crate) type Wanted = (Arc<Build>, u64);
 type FrameLanding = Landing<Key, Frame, Unreadable>;
+
+/// A frame that was asked for.
+pub(crate) enum Asked {
+    /// It was kept.
+    Here(Frame),
+    /// It is under way.
+    Coming(Waiter<Frame, Unreadable>),
+}
 
 /// A frame, and whether it was kept.
 pub(crate) struct Got {
@@ -61,48 +70,66 @@ impl Builds {
     /// # Errors
     /// Damaged, not available: the first that is; what can't be read is opened anew by the next.
     pub(crate) fn fetch(&self, wanted: &[Wanted]) -> Result<Vec<Got>, Unreadable> {
-        let mut got: Vec<Option<Got>> = Vec::with_capacity(wanted.len());
-        let mut waits: Vec<(usize, Waiter<Frame, Unreadable>)> = Vec::new();
+        let asked = self.ask(wanted, true);
+        let until = Instant::now() + self.wait_max;
+        let got: Vec<_> = asked
+            .into_iter()
+            .zip(wanted)
+            .map(|(asked, (build, _))| self.receive(asked, build, until))
+            .collect();
+        got.into_iter().collect()
+    }
+
+    /// Sees to it that frames are there or on their way: at most [`BATCH_FRAMES`], in their order.
+    /// With `widened`, a slow medium brings more than is wanted.
+    pub(crate) fn ask(&self, wanted: &[Wanted], widened: bool) -> Vec<Asked> {
         let mut mine = BTreeMap::new();
-        for (at, (build, number)) in wanted.iter().enumerate() {
-            let kept = match self.frames.claim((build.number, *number)) {
-                Claim::Kept(frame) => Some(Got { frame, kept: true }),
-                Claim::Theirs(waiter) => {
-                    waits.push((at, waiter));
-                    None
-                }
-                Claim::Mine(landing) => {
-                    waits.push((at, landing.waiter()));
-                    mine.insert(*landing.key(), (build.clone(), landing));
-                    None
-                }
-            };
-            got.push(kept);
-        }
-        if !mine.is_empty() {
-            self.bring(mine);
-        }
-        let mut failed = None;
-        for (at, waiter) in waits {
-            match waiter.wait(self.wait_max) {
-                Ok(frame) => got[at] = Some(Got { frame, kept: false }),
-                Err(missed) => {
-                    let build = &wanted[at].0;
-                    if missed != Missed::Late {
-                        self.forget(build);
+        let asked = wanted
+            .iter()
+            .map(
+                |(build, number)| match self.frames.claim((build.number, *number)) {
+                    Claim::Kept(frame) => Asked::Here(frame),
+                    Claim::Theirs(waiter) => Asked::Coming(waiter),
+                    Claim::Mine(landing) => {
+                        let waiter = landing.waiter();
+                        mine.insert(*landing.key(), (build.clone(), landing));
+                        Asked::Coming(waiter)
                     }
-                    failed.get_or_insert_with(|| self.missed(&build.name(), missed));
+                },
+            )
+            .collect();
+        if !mine.is_empty() {
+            self.bring(mine, widened);
+        }
+        asked
+    }
+
+    /// A frame that was asked for, waiting for it at most until then.
+    ///
+    /// # Errors
+    /// Damaged, not available: the build is opened anew by the next; not there by then.
+    pub(crate) fn receive(
+        &self,
+        asked: Asked,
+        build: &Build,
+        until: Instant,
+    ) -> Result<Got, Unreadable> {
+        let waiter = match asked {
+            Asked::Here(frame) => return Ok(Got { frame, kept: true }),
+            Asked::Coming(waiter) => waiter,
+        };
+        let came = waiter.wait(until.saturating_duration_since(Instant::now()));
+        came.map(|frame| Got { frame, kept: false })
+            .map_err(|missed| {
+                if missed != Missed::Late {
+                    self.forget(build);
                 }
-            }
-        }
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(got.into_iter().flatten().collect()),
-        }
+                self.missed(&build.name(), missed)
+            })
     }
 
     /// Reads local runs; has the others fetched.
-    fn bring(&self, mut mine: BTreeMap<Key, (Arc<Build>, FrameLanding)>) {
+    fn bring(&self, mut mine: BTreeMap<Key, (Arc<Build>, FrameLanding)>, widened: bool) {
         let mut ends = Vec::new();
         for (key, (build, _)) in &mine {
             if build.medium().has_latency() && !mine.contains_key(&(key.0, key.1 + 1)) {
@@ -121,11 +148,10 @@ impl Builds {
                 run.landings.push_back(next);
             }
             if medium.has_latency() {
-                self.widen(
-                    &mut run,
-                    medium.window_bytes / ends.len().max(1) as u64,
-                    &mut mine,
-                );
+                if widened {
+                    let bytes = medium.window_bytes / ends.len().max(1) as u64;
+                    self.widen(&mut run, bytes, &mut mine);
+                }
                 let frames = self.frames.clone();
                 self.workers.run(Box::new(move || run.stream(&frames)));
             } else {

@@ -11,6 +11,7 @@
 //! - Who holds the FUSE device never touches a file on it.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod ahead;
 pub mod blobs;
 pub mod build;
 pub mod clients;

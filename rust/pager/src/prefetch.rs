@@ -2,8 +2,11 @@
 //! first, verified as every page is, into the page cache that all clones share.
 //!
 //! It goes before no guest: from a local medium a piece waits while reads are being answered; over
-//! one with latency it leaves most of the requests to them. It is a hint to the end: what can't be
-//! read is left to the read that will be held for it.
+//! one with latency some requests are left to them. It is a hint to the end: what can't be read is
+//! left to the read that will be held for it.
+//!
+//! Who fetches never stores. A store waits for a page that is being read, and that read may wait
+//! for a frame of any other fetch: fetches wait for nobody.
 
 use std::io::{self, IoSlice};
 use std::path::Path;
@@ -11,7 +14,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use crate::device::Device;
+use crate::ahead::{self, Span};
+use crate::build::Unreadable;
+use crate::device::{Device, Part};
 use crate::nodes::Node;
 use crate::server::{slices, Server};
 use crate::trace::{Trace, GRANULE};
@@ -33,30 +38,42 @@ const LOCAL: Pace = Pace {
     sorted: 64,
     at_once: 1,
 };
-/// A piece is what one request brings, and some requests are left to reads of guests.
+/// Pieces are made requests of by where they are stored; some requests are left to reads of guests.
 const REMOTE: Pace = Pace {
     piece: 4 << 20,
-    sorted: 512,
-    at_once: 6,
+    sorted: 1024,
+    at_once: 24,
 };
 /// Bytes and slices that are stored at once: the kernel takes 1,024 slices.
 const STORED_BYTES: usize = 1 << 20;
 const STORED_SLICES: usize = 512;
-/// Pieces that are under way at once, of all files.
-const AT_ONCE: usize = 8;
+/// The same of what comes over a medium with latency: what has come waits for no more of it.
+const STORED_BYTES_REMOTE: u64 = 256 << 10;
+/// Files that are brought at once from local media.
+const LOCAL_AT_ONCE: usize = 8;
 /// How long a piece waits for reads of guests at most.
 const YIELD: Duration = Duration::from_millis(5);
 const YIELD_STEP: Duration = Duration::from_micros(100);
 
-static WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(AT_ONCE));
+/// One kind of medium does not wait for the other.
+static LOCAL_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(LOCAL_AT_ONCE));
+static REMOTE_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(REMOTE.at_once));
 
 /// One file that is being brought.
 struct Job {
     server: Arc<Server>,
     node: Arc<Node>,
     device: Arc<Device>,
-    pieces: Vec<(u64, u64)>,
+    todo: Vec<Todo>,
     next: AtomicUsize,
+}
+
+/// What is brought at once.
+enum Todo {
+    /// A piece of the device.
+    Piece(u64, u64),
+    /// A request, over a medium with latency.
+    Span(Span),
 }
 
 /// Begins to bring a file's trace, at most so many bytes; returns how many will be.
@@ -77,18 +94,33 @@ pub fn begin(
     };
     let pieces = plan(node, &trace, budget_bytes, &pace);
     let bytes = pieces.iter().map(|(_, length)| length).sum();
-    let job = Arc::new(Job {
-        server: server.clone(),
-        node: node.clone(),
-        device,
-        pieces,
-        next: AtomicUsize::new(0),
-    });
-    for _ in 0..pace.at_once.min(job.pieces.len()) {
-        let job = job.clone();
-        WORKERS.run(Box::new(move || job.run()));
+    let (server, node) = (server.clone(), node.clone());
+    if device.has_latency() {
+        // Builds are opened over it: whoever asks for this does not wait for that.
+        REMOTE_WORKERS.run(Box::new(move || match spread(&device, &pieces) {
+            Ok(todo) => Job::new(server, node, device, todo).start(&REMOTE_WORKERS, &pace),
+            Err(error) => given_up(&node, &error.into()),
+        }));
+    } else {
+        let todo = pieces
+            .into_iter()
+            .map(|(at, length)| Todo::Piece(at, length));
+        Job::new(server, node, device, todo.collect()).start(&LOCAL_WORKERS, &pace);
     }
     Ok(bytes)
+}
+
+/// Pieces of a device as requests; first what takes none.
+fn spread(device: &Device, pieces: &[(u64, u64)]) -> Result<Vec<Todo>, Unreadable> {
+    let (spans, others) = ahead::spans(device, pieces)?;
+    let others = others
+        .into_iter()
+        .map(|(at, length)| Todo::Piece(at, length));
+    Ok(others.chain(spans.into_iter().map(Todo::Span)).collect())
+}
+
+fn given_up(node: &Node, error: &io::Error) {
+    eprintln!("{}: no more of it is brought ahead: {error}", node.name);
 }
 
 /// What is to be brought, as bytes of the file, in order; nobody else brings it from now on.
@@ -119,21 +151,36 @@ fn plan(node: &Node, trace: &Trace, budget_bytes: u64, pace: &Pace) -> Vec<(u64,
 }
 
 impl Job {
+    fn new(server: Arc<Server>, node: Arc<Node>, device: Arc<Device>, todo: Vec<Todo>) -> Self {
+        Self {
+            server,
+            node,
+            device,
+            todo,
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    fn start(self, workers: &Workers, pace: &Pace) {
+        let job = Arc::new(self);
+        for _ in 0..pace.at_once.min(job.todo.len()) {
+            let job = job.clone();
+            workers.run(Box::new(move || job.run()));
+        }
+    }
+
     fn run(&self) {
         loop {
             let at = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some((offset, length)) = self.pieces.get(at) else {
+            let Some(todo) = self.todo.get(at) else {
                 return;
             };
             if !self.device.has_latency() {
                 self.step_aside();
             }
-            if let Err(error) = self.store(*offset, *length) {
-                eprintln!(
-                    "{}: no more of it is brought ahead: {error}",
-                    self.node.name
-                );
-                self.next.fetch_add(self.pieces.len(), Ordering::Relaxed);
+            if let Err(error) = self.bring(todo) {
+                given_up(&self.node, &error);
+                self.next.fetch_add(self.todo.len(), Ordering::Relaxed);
             }
         }
     }
@@ -146,11 +193,22 @@ impl Job {
         }
     }
 
-    fn store(&self, offset: u64, length: u64) -> io::Result<()> {
-        let mut parts = Vec::new();
-        let read = self.device.read(offset, length as usize, &mut parts);
-        read.map_err(io::Error::other)?;
-        let slices = slices(&parts);
+    fn bring(&self, todo: &Todo) -> io::Result<()> {
+        match todo {
+            Todo::Piece(offset, length) => {
+                let mut parts = Vec::new();
+                self.device.read(*offset, *length as usize, &mut parts)?;
+                self.store(*offset, &parts)
+            }
+            Todo::Span(span) => {
+                let give = |(offset, parts): ahead::Pages| self.store(offset, &parts);
+                span.bring(&self.device, STORED_BYTES_REMOTE, give)
+            }
+        }
+    }
+
+    fn store(&self, offset: u64, parts: &[Part]) -> io::Result<()> {
+        let slices = slices(parts);
         let (mut rest, mut at) = (&slices[..], offset);
         while !rest.is_empty() {
             let (some, bytes) = head_of(rest);
