@@ -13,14 +13,16 @@ use diapause_format::{
 
 use crate::blobs::{Blob, BlobError, BlobSource, Medium, Opened};
 use crate::flight::{Claim, Flights, Missed, Waiter};
-use crate::workers::Workers;
+use crate::workers::{Job, Workers};
 
 pub use crate::frames::{Frame, Frames};
 
 /// How long a reader waits for what another thread is fetching. Not as long as a medium may take to
 /// give up: who asks again finds the fetch still under way, or what it brought, and meanwhile the
 /// reader's thread can serve others.
-const WAIT_MAX: Duration = Duration::from_secs(2);
+pub const WAIT_MAX: Duration = Duration::from_secs(2);
+/// Reads of one medium with latency that are answered at once by threads of their own.
+pub const READERS_MAX: usize = 64;
 /// Bytes of a frame's entry in a build's table.
 const ENTRY_BYTES: u64 = 32;
 
@@ -86,6 +88,7 @@ pub struct Builds {
     opening: Flights<Digest, Arc<Build>, Unreadable>,
     pub(crate) frames: Arc<Frames>,
     pub(crate) workers: Workers,
+    readers: Workers,
     pub(crate) wait_max: Duration,
 }
 
@@ -96,6 +99,7 @@ impl Builds {
     pub fn new(source: Arc<dyn BlobSource>, frames: Arc<Frames>) -> Self {
         Self {
             workers: Workers::new(source.medium().parallel),
+            readers: Workers::new(READERS_MAX),
             source,
             open: Arc::default(),
             opening: Flights::default(),
@@ -107,6 +111,12 @@ impl Builds {
     /// What their medium costs.
     pub fn medium(&self) -> Medium {
         self.source.medium()
+    }
+
+    /// Has somebody's read of a medium with latency done by another thread, so that who asks for it
+    /// can go on; where very many are, it is given back.
+    pub(crate) fn read_aside(&self, job: Job) -> Result<(), Job> {
+        self.readers.run_at_once(job)
     }
 
     /// With another bound on waiting for what another thread is fetching.

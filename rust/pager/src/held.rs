@@ -52,12 +52,19 @@ impl Reads {
     fn all(&self) -> impl Iterator<Item = &HeldRead> {
         self.waiting.iter().chain(&self.trying)
     }
+
+    fn forget(&mut self, end: usize, unique: u64) {
+        self.trying
+            .retain(|read| (read.end, read.unique) != (end, unique));
+    }
 }
 
 impl Held {
-    /// Holds a read; returns one that has to fail now, where there are too many.
+    /// Holds a read, anew where it was taken; returns one that has to fail now, where there are too
+    /// many.
     pub fn add(&self, read: HeldRead) -> Option<HeldRead> {
         let mut reads = self.lock();
+        reads.forget(read.end, read.unique);
         reads.waiting.push_back(read);
         self.more.notify_all();
         let many = reads.waiting.len() > HELD_MAX;
@@ -77,16 +84,13 @@ impl Held {
         std::thread::sleep(AGAIN);
         let mut reads = self.lock();
         let taken: Vec<HeldRead> = reads.waiting.drain(..).collect();
-        reads.trying.clone_from(&taken);
+        reads.trying.extend(taken.iter().cloned());
         taken
     }
 
-    /// A read that was taken has been tried: it is answered, or held again.
-    pub fn tried(&self, end: usize, unique: u64) {
-        let mut reads = self.lock();
-        reads
-            .trying
-            .retain(|read| (read.end, read.unique) != (end, unique));
+    /// A read that was taken is answered.
+    pub fn answered(&self, end: usize, unique: u64) {
+        self.lock().forget(end, unique);
     }
 
     /// What the reads of a file wait for, and since when the first does.
@@ -154,10 +158,9 @@ mod tests {
         assert_eq!(names(&held.since(Duration::ZERO)), [1, 2, 3]);
         assert!(held.since(Duration::from_secs(600)).is_empty());
         assert_eq!(held.of(7).unwrap().0.blob, "blob");
-        held.tried(0, 1);
+        held.answered(0, 1);
         held.add(taken[1].clone());
-        held.tried(0, 2);
-        held.tried(0, 3);
+        held.answered(0, 3);
         assert_eq!(names(&held.since(Duration::ZERO)), [2]);
         assert!(held.of(7).is_some() && held.of(8).is_none());
     }

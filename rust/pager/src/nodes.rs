@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::build::{Builds, Frames, Unreadable};
+use crate::build::{Builds, Frames, Unreadable, WAIT_MAX};
 use crate::device::Device;
 use crate::given::Given;
 use crate::spec::{BlobsSpec, DeviceSpec};
@@ -89,13 +90,29 @@ impl Node {
 }
 
 /// What devices share: builds by their place, frames.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Open {
     frames: Arc<Frames>,
     builds: Mutex<HashMap<BlobsSpec, Arc<Builds>>>,
+    wait_max: Duration,
+}
+
+impl Default for Open {
+    fn default() -> Self {
+        Self::waiting_at_most(WAIT_MAX)
+    }
 }
 
 impl Open {
+    /// With a bound on a reader's wait for what another thread is fetching.
+    pub fn waiting_at_most(wait_max: Duration) -> Self {
+        Self {
+            frames: Arc::default(),
+            builds: Mutex::default(),
+            wait_max,
+        }
+    }
+
     fn builds(&self, blobs: &BlobsSpec) -> Result<Arc<Builds>, Unreadable> {
         let mut all = self.builds.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(builds) = all.get(blobs) {
@@ -103,7 +120,8 @@ impl Open {
         }
         let source = blobs.source();
         let source = source.map_err(|cause| Unreadable::away("builds", cause))?;
-        let builds = Arc::new(Builds::new(source, self.frames.clone()));
+        let builds = Builds::new(source, self.frames.clone());
+        let builds = Arc::new(builds.waiting_at_most(self.wait_max));
         all.insert(blobs.clone(), builds.clone());
         Ok(builds)
     }

@@ -86,9 +86,8 @@ impl Server {
         let thread = std::thread::Builder::new().name("held".to_owned());
         thread.stack_size(256 << 10).spawn(move || loop {
             for read in server.held.take() {
-                let (end, unique) = (read.end, read.unique);
-                server.again(read);
-                server.held.tried(end, unique);
+                let again = |server: &Self, read, _: &mut Vec<Part>| server.again(read);
+                server.answer_read(read, &mut Vec::new(), again);
             }
         })?;
         let server = self.clone();
@@ -124,7 +123,7 @@ impl Server {
         found
     }
 
-    fn serve(&self, end: usize) {
+    fn serve(self: &Arc<Self>, end: usize) {
         let (mut buffer, mut parts) = (Buffer::new(), Vec::new());
         loop {
             match self.fuse.receive(end, &mut buffer) {
@@ -141,7 +140,7 @@ impl Server {
         }
     }
 
-    fn answer(&self, end: usize, bytes: &[u8], parts: &mut Vec<Part>) {
+    fn answer(self: &Arc<Self>, end: usize, bytes: &[u8], parts: &mut Vec<Part>) {
         let request = match Request::parse(bytes) {
             Ok(request) => request,
             Err(error) => {
@@ -167,7 +166,7 @@ impl Server {
                     since: Instant::now(),
                     why: Unreadable::away("", ""),
                 };
-                return self.read(read, parts);
+                return self.answer_read(read, parts, Self::read);
             }
             Call::Silent | Call::Interrupt(_) => return, // a held read looks at its reader itself
             Call::Init(init) => return self.greet(end, unique, &init),
@@ -214,33 +213,53 @@ impl Server {
         Ok(attributes_of(node.number, node.size_bytes))
     }
 
+    /// Has a read answered: at once, or by another thread where its medium may take its time. A
+    /// peer that says nothing must hold none of the few threads that everybody's reads come to.
+    fn answer_read(
+        self: &Arc<Self>,
+        read: HeldRead,
+        parts: &mut Vec<Part>,
+        answer: impl Fn(&Self, HeldRead, &mut Vec<Part>) + Send + 'static,
+    ) {
+        let node = self.nodes.get(read.node);
+        let device = node.and_then(|node| node.device(&self.open).ok());
+        let Some(device) = device.filter(|device| device.has_latency()) else {
+            self.reading.fetch_add(1, Ordering::Relaxed);
+            answer(self, read, parts);
+            self.reading.fetch_sub(1, Ordering::Relaxed);
+            return;
+        };
+        let server = self.clone();
+        let job = move || answer(&server, read, &mut Vec::new());
+        if let Err(job) = device.builds().read_aside(Box::new(job)) {
+            job();
+        }
+    }
+
     /// Answers a read, or holds it.
     fn read(&self, mut read: HeldRead, parts: &mut Vec<Part>) {
         let Some(node) = self.nodes.get(read.node) else {
             return self.refuse(read.end, read.unique, libc::ESTALE);
         };
-        self.reading.fetch_add(1, Ordering::Relaxed);
-        let answered = self.try_read(&node, &read, parts);
-        self.reading.fetch_sub(1, Ordering::Relaxed);
-        match answered {
-            Ok(()) => {}
-            Err(why) => {
-                eprintln!("{} at {}: {why}", node.name, read.offset);
-                self.seen.stalled(&node.name);
-                read.why = why;
-                self.hold(read);
-            }
+        if let Err(why) = self.try_read(&node, &read, parts) {
+            eprintln!("{} at {}: {why}", node.name, read.offset);
+            self.seen.stalled(&node.name);
+            read.why = why;
+            self.hold(read);
         }
     }
 
     /// Holds a read that can't be answered now, or gives it up where the bound has come: a slow
-    /// medium takes its time to fail.
-    fn hold(&self, read: HeldRead) {
+    /// medium takes its time to fail. Whether it waits.
+    fn hold(&self, read: HeldRead) -> bool {
         if read.since.elapsed() >= self.bound {
             self.give_up(&read);
-        } else if let Some(one) = self.held.add(read) {
+            return false;
+        }
+        if let Some(one) = self.held.add(read) {
             self.give_up(&one);
         }
+        true
     }
 
     fn try_read(
@@ -263,16 +282,26 @@ impl Server {
 
     /// Tries a held read once more.
     fn again(&self, mut read: HeldRead) {
-        let Some(node) = self.nodes.get(read.node) else {
-            return self.refuse(read.end, read.unique, libc::ESTALE);
-        };
-        match self.try_read(&node, &read, &mut Vec::new()) {
-            Ok(()) => {}
-            Err(_) if is_dying(read.pid) => self.refuse(read.end, read.unique, libc::EIO),
-            Err(why) => {
-                read.why = why;
-                self.hold(read);
+        let (end, unique) = (read.end, read.unique);
+        let waits = match self.nodes.get(read.node) {
+            None => {
+                self.refuse(end, unique, libc::ESTALE);
+                false
             }
+            Some(node) => match self.try_read(&node, &read, &mut Vec::new()) {
+                Ok(()) => false,
+                Err(_) if is_dying(read.pid) => {
+                    self.refuse(end, unique, libc::EIO);
+                    false
+                }
+                Err(why) => {
+                    read.why = why;
+                    self.hold(read)
+                }
+            },
+        };
+        if !waits {
+            self.held.answered(end, unique);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Fetching and decoding needs little; 8 MiB would only be address space, but say so.
 const STACK_BYTES: usize = 512 << 10;
 
-type Job = Box<dyn FnOnce() + Send>;
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// At most so many threads, and a queue for them.
 pub(crate) struct Workers {
@@ -23,6 +23,8 @@ pub(crate) struct Workers {
 #[derive(Default)]
 struct Queue {
     jobs: VecDeque<Job>,
+    /// Jobs that were taken on and have not ended.
+    under_way: usize,
     threads: usize,
     idle: usize,
     closed: bool,
@@ -44,8 +46,23 @@ impl Workers {
 
     /// Has a job done by one of the threads; by the caller where no thread can be had.
     pub(crate) fn run(&self, job: Job) {
-        let mut queue = self.lock();
+        self.take_on(self.lock(), job);
+    }
+
+    /// The same where a thread has nothing else to do or can be started: no job waits for another.
+    /// Else it is given back.
+    pub(crate) fn run_at_once(&self, job: Job) -> Result<(), Job> {
+        let queue = self.lock();
+        if queue.under_way >= self.most {
+            return Err(job);
+        }
+        self.take_on(queue, job);
+        Ok(())
+    }
+
+    fn take_on(&self, mut queue: MutexGuard<'_, Queue>, job: Job) {
         queue.jobs.push_back(job);
+        queue.under_way += 1;
         if queue.idle >= queue.jobs.len() || queue.threads >= self.most {
             drop(queue);
             self.queue.1.notify_one();
@@ -59,13 +76,17 @@ impl Workers {
         if started.is_err() {
             let mut queue = self.lock();
             queue.threads -= 1;
-            let left = (queue.threads == 0).then(|| std::mem::take(&mut queue.jobs));
+            let left = match queue.threads {
+                0 => std::mem::take(&mut queue.jobs),
+                _ => VecDeque::new(),
+            };
+            queue.under_way -= left.len();
             drop(queue);
-            left.into_iter().flatten().for_each(|job| job());
+            left.into_iter().for_each(|job| job());
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -90,6 +111,7 @@ fn work(shared: &(Mutex<Queue>, Condvar)) {
             // A job that panics has dropped what it was to land; the next job is another's.
             let _ = catch_unwind(AssertUnwindSafe(job));
             queue = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.under_way -= 1;
             continue;
         }
         if queue.closed {
@@ -132,6 +154,27 @@ mod tests {
         ran.extend((0..4).map(|_| starts.recv().unwrap()));
         ran.sort_unstable();
         assert_eq!(ran, [0, 1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn what_would_have_to_wait_is_given_back() {
+        let workers = Workers::new(2);
+        let (held, holds) = channel::<()>();
+        let holds = Arc::new(Mutex::new(holds));
+        for _ in 0..2 {
+            let holds = holds.clone();
+            let job = move || assert!(holds.lock().unwrap().recv().is_err());
+            assert!(workers.run_at_once(Box::new(job)).is_ok());
+        }
+        let (done, dones) = channel();
+        let job = move || done.send(()).unwrap();
+        let job = workers.run_at_once(Box::new(job)).err().unwrap();
+        drop(held);
+        while workers.lock().under_way > 0 {
+            thread::yield_now();
+        }
+        assert!(workers.run_at_once(job).is_ok());
+        dones.recv().unwrap();
     }
 
     #[test]

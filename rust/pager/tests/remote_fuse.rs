@@ -6,13 +6,15 @@ mod support;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use diapause_pager::clients::Clients;
+use diapause_pager::clients::{Client, ClientText, Clients};
 use diapause_pager::fuse::Fuse;
-use diapause_pager::nodes::Nodes;
+use diapause_pager::nodes::{Nodes, Open};
 use diapause_pager::prefetch;
+use diapause_pager::process::Process;
 use diapause_pager::server::{Keeps, Server};
 use diapause_pager::spec::{BlobsSpec, DeviceSpec};
 use diapause_pager::trace::{Trace, GRANULE};
@@ -37,12 +39,17 @@ struct Mounted(Arc<Server>);
 
 impl Mounted {
     fn new(files: &[(&str, &DeviceSpec)]) -> Self {
+        Self::with(files, LONG, Open::default())
+    }
+
+    fn with(files: &[(&str, &DeviceSpec)], bound: Duration, open: Open) -> Self {
         let nodes = Nodes::take_up(std::iter::empty(), 0);
         for (name, spec) in files {
             nodes.put(name, nodes.plan(name, spec).unwrap());
         }
         let fuse = Fuse::mount().unwrap();
-        let server = Server::new(fuse, nodes, Clients::default(), LONG, Arc::new(Nobody));
+        let mut server = Server::new(fuse, nodes, Clients::default(), bound, Arc::new(Nobody));
+        server.open = open;
         let server = Arc::new(server);
         server.start().unwrap();
         Self(server)
@@ -67,6 +74,42 @@ impl Mounted {
         assert_eq!(bytes, size_bytes);
         until(|| self.0.seen.of(name).stored_bytes >= bytes);
         assert_eq!(self.0.seen.of(name).stored_bytes, bytes);
+    }
+}
+
+/// A process that reads 64 KiB of a file: one that waits must not be of the process that serves.
+struct Reader {
+    process: Child,
+    at: usize,
+}
+
+impl Reader {
+    fn start(mounted: &Mounted, name: &str, granule: usize) -> Self {
+        let mut command = Command::new("dd");
+        command
+            .arg(format!("if={}", mounted.path(name).display()))
+            .args(["bs=64K", "count=1", "status=none"])
+            .arg(format!("skip={granule}"));
+        let process = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self {
+            process: process.spawn().unwrap(),
+            at: granule * GRANULE as usize,
+        }
+    }
+
+    /// Whether it waits for a page.
+    fn waits(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id())).unwrap();
+        stat.rsplit(") ").next().unwrap().starts_with('D')
+    }
+
+    /// It reads what the device has.
+    fn check(self, world: &World) {
+        let output = self.process.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {said}", self.at);
+        let expected = &world.expected[self.at..self.at + GRANULE as usize];
+        assert!(output.stdout == expected, "at {}", self.at);
     }
 }
 
@@ -136,4 +179,72 @@ fn a_build_that_lies_is_not_brought_ahead() {
     prefetch::begin(&mounted.0, &node, &trace, u64::MAX).unwrap();
     until(|| peer.requests().len() >= 2);
     assert!(fs::read(mounted.path("memory")).unwrap() == world.expected);
+}
+
+/// Eight readers of a device whose peer says nothing, of other places each.
+fn eight(mounted: &Mounted) -> Vec<Reader> {
+    let readers = (0..8).map(|number| Reader::start(mounted, "far", number * 10));
+    readers.collect()
+}
+
+#[test]
+fn a_silent_peer_holds_up_nobody_elses_reads() {
+    let [world, near] = [1, 2].map(|seed| World::straight(pages(1500, &mut Dice::new(seed))));
+    let (peer, spec) = far(&world);
+    peer.always(Act::Hang);
+    // Nothing that waits for the peer fails by itself before the peer's requests do.
+    let files = [("far", &spec), ("near", &near.spec), ("other", &near.spec)];
+    let mounted = Mounted::with(&files, LONG, Open::waiting_at_most(LONG));
+    let readers = eight(&mounted);
+    until(|| !peer.requests().is_empty() && readers.iter().all(Reader::waits));
+    assert!(fs::read(mounted.path("near")).unwrap() == near.expected);
+    assert_eq!(
+        fs::metadata(mounted.path("other")).unwrap().len(),
+        near.spec.size_bytes
+    );
+    let missing = fs::metadata(mounted.path("no such")).unwrap_err();
+    assert_eq!(missing.kind(), std::io::ErrorKind::NotFound);
+    // Not one of the eight had been given up when all of that was answered.
+    assert!(readers.iter().all(Reader::waits));
+    assert_eq!(mounted.0.seen.of("far").stalls, 0);
+    // One fetch for all of them: of the table, which is tried again as often as one read may.
+    assert!(peer
+        .requests()
+        .iter()
+        .all(|(_, range)| range.starts_with("bytes=-")));
+    peer.always(Act::Serve);
+    readers.into_iter().for_each(|reader| reader.check(&world));
+}
+
+#[test]
+fn what_is_tried_again_waits_for_no_silent_peer() {
+    let [world, near] = [3, 4].map(|seed| World::straight(pages(1500, &mut Dice::new(seed))));
+    let (peer, spec) = far(&world);
+    peer.always(Act::Hang);
+    let hidden = near.directory.path().join("hidden");
+    fs::rename(near.build_file(0), &hidden).unwrap();
+    let files = [("far", &spec), ("near", &near.spec)];
+    // Less than eight tries of the silent peer take one after the other.
+    let bound = Duration::from_secs(10);
+    let mounted = Mounted::with(&files, bound, Open::default());
+    let readers = eight(&mounted);
+    until(|| mounted.0.seen.of("far").stalls == 8);
+    // As a VMM is, it is killed when the bound comes.
+    let reader = Reader::start(&mounted, "near", 3);
+    let text = ClientText {
+        pid: reader.process.id() as i32,
+        files: vec!["near".to_owned()],
+        killed: None,
+        handed: false,
+    };
+    let handle = Process::open(text.pid).unwrap();
+    mounted.0.clients.add(Client::new("vm", text, handle));
+    until(|| mounted.0.seen.of("near").stalls == 1);
+    fs::rename(&hidden, near.build_file(0)).unwrap();
+    reader.check(&near);
+    for mut reader in readers {
+        reader.process.kill().unwrap();
+        reader.process.wait().unwrap();
+    }
+    until(|| mounted.0.held.since(Duration::ZERO).is_empty());
 }
