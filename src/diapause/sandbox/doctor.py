@@ -12,21 +12,19 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Literal
 
+from diapause import operation
 from diapause.errors import DiapauseError
 from diapause.guest.images import find_image
 from diapause.model import CaptureRequest, Check, DoctorAnswer, ResumeRequest, RunRequest
 from diapause.pager import process
 from diapause.sandbox.admit import available_memory
 from diapause.sandbox.confinement import confinement_checks
-from diapause.sandbox.verb import new_id
-from diapause.store.files import remove_tree
-from diapause.store.home import SCRATCH_START, Home
+from diapause.sandbox.scratch import scratch_engine
 from diapause.units import GIB, MIB, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diapause.guest.images import Image
     from diapause.sandbox.engine import Engine
 
 _IMAGE = "tiny"
@@ -138,38 +136,14 @@ def _failed(name: str, error: DiapauseError, *, required: bool = True) -> Check:
 
 def _guest(engine: Engine) -> list[Check]:
     """Boot, capture, track, resume, in a home of its own, of which nothing stays."""
-    host = engine.host
     try:
-        image = find_image(host.home, _IMAGE)
+        image = find_image(engine.host.home, _IMAGE)
     except DiapauseError as error:
         return [_failed("boot", error)]
-    scratch = Home.at(host.home.tmp / f"{SCRATCH_START}{new_id()}")
-    try:
-        return _in_scratch(engine, scratch, image)
-    finally:
-        for directory in (scratch.buffers, scratch.sockets, scratch.root):
-            remove_tree(directory)
-
-
-def _in_scratch(engine: Engine, scratch: Home, image: Image) -> list[Check]:
-    scratch.create()
-    place = scratch.image(_IMAGE)
-    place.mkdir(mode=0o700)
-    for file in image.directory.iterdir():
-        (place / file.name).hardlink_to(file)
-    trial = type(engine).open(scratch, engine.host.loop)
-    try:
-        key = engine.host.accelerator_key()
-        known = engine.host.catalog.fact(key)
-        if known is not None:
-            trial.host.catalog.remember(key, known)
+    with scratch_engine(engine, image) as trial:
         checks = _attempts(trial)
-        found = trial.host.catalog.fact(key)
-        if found is not None:  # an attempt may end before the proof
-            engine.host.catalog.remember(key, found)
+        operation.checkpoint()  # that one was cancelled says nothing about the host
         return checks
-    finally:
-        trial.close()
 
 
 def _attempts(trial: Engine) -> list[Check]:
@@ -182,18 +156,15 @@ def _attempts(trial: Engine) -> list[Check]:
     except DiapauseError as error:
         return [_failed("boot", error)]
     checks = [Check(name="boot", ok=True, detail=f"agent after {ran.ready_ms:.0f} ms")]
-    try:
-        machine = trial.host.guests[ran.sandbox].machine
-        assert machine is not None
-        checks += confinement_checks(machine.process.pid, trial.host.home.key)
-        for name, attempt in _ATTEMPTS.items():
-            try:
-                checks.append(attempt(trial, ran.sandbox))
-            except DiapauseError as error:
-                checks.append(_failed(name, error))
-                break
-    finally:
-        trial.remove([ran.sandbox], force=True)
+    machine = trial.host.guests[ran.sandbox].machine
+    assert machine is not None
+    checks += confinement_checks(machine.process.pid, trial.host.home.key)
+    for name, attempt in _ATTEMPTS.items():
+        try:
+            checks.append(attempt(trial, ran.sandbox))
+        except DiapauseError as error:
+            checks.append(_failed(name, error))
+            break
     return checks
 
 

@@ -13,8 +13,9 @@ from diapause.catalog import is_unreadable
 from diapause.driver.cgroup import Leaves
 from diapause.driver.process import Pidfd
 from diapause.driver.qemu import QemuDriver
-from diapause.errors import StorageFailed
+from diapause.errors import PagerUnavailable, StorageFailed
 from diapause.limits import VMM_EXIT_S
+from diapause.pager.client import Pager
 from diapause.store.files import remove_tree
 from diapause.store.home import SCRATCH_START, Home
 
@@ -47,9 +48,22 @@ def end_strays(host: Host) -> None:
         pidfd.wait(VMM_EXIT_S)
         pidfd.close()
     for home in scratch_homes:
+        _end_pager(home)
         Leaves(home.key).sweep()
         _remove(home.buffers)
         _remove(home.sockets)
+
+
+def _end_pager(home: Home) -> None:
+    """Of a scratch home: its guests are ended, and no daemon comes that would need it."""
+    pager = Pager(home)
+    try:
+        if pager.instance() is not None:
+            pager.stop()
+    except PagerUnavailable as error:
+        log.warning("the pager of %s goes on: %s", home.root.name, error)
+    finally:
+        pager.close()
 
 
 def sweep(host: Host) -> None:

@@ -31,7 +31,7 @@ from pathlib import Path
 SOCKET_PATH_MAX = 107
 SOCKET_NAME_MAX = len("/run/") + 32 + len(".events")
 # What the name of a scratch home begins with: one under tmp/, of which nothing stays.
-SCRATCH_START = "doctor-"
+SCRATCH_START = "scratch-"
 
 
 def default_home() -> Path:
