@@ -255,6 +255,23 @@ def cached_bytes(pid: int, names: list[str]) -> list[int | None]:
     process is gone or the kernel can't tell (before Linux 6.5).
     """
 
+def time_reading(path: str, *, warm: bool) -> float:
+    """Milliseconds that it takes to read a file from first to last, in calls of 1 MiB.
+
+    `warm`: it was read once before; else what the page cache has of it is dropped first, as far as
+    it is neither mapped nor dirty. OSError for what the kernel says.
+    """
+
+def time_touches(
+    path: str, offsets: list[int], length: int, *, random: bool, warm: bool
+) -> list[float]:
+    """Microseconds that it takes to touch the pages of `length` bytes at each offset of a mapping.
+
+    `random` asks the kernel to bring no more than what is touched; `warm` as in `time_reading`. A
+    page that can't be read ends the process (SIGBUS): this is called in one of its own. OSError
+    where an offset is no page of the file.
+    """
+
 def blake3_file(path: str) -> str:
     """BLAKE3-256 of a file, streamed."""
 

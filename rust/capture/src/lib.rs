@@ -28,6 +28,7 @@ pub mod scan;
 mod source;
 mod sums;
 mod threads;
+pub mod timed;
 mod write_out;
 
 pub use blob::digest_file;

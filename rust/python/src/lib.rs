@@ -12,6 +12,7 @@ mod freeze;
 mod header;
 mod materialize;
 mod pack;
+mod timed;
 
 use pyo3::prelude::*;
 
@@ -28,5 +29,6 @@ fn core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     freeze::register(module)?;
     header::register(module)?;
     materialize::register(module)?;
-    pack::register(module)
+    pack::register(module)?;
+    timed::register(module)
 }
