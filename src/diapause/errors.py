@@ -296,6 +296,13 @@ class GuestLost(DiapauseError):
     hint = "{advice}"
 
 
+class BenchFailed(DiapauseError):
+    """Measuring {what} failed: {cause}."""
+
+    code, exit_code, status = "bench_failed", 45, 500
+    hint = "`diapause doctor` says what this host can do; nothing of the guests measured is left."
+
+
 class ImageBuildFailed(DiapauseError):
     """Building image {image} failed at {step}: {cause}."""
 

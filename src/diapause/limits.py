@@ -16,6 +16,7 @@ CPUS_MAX = 64
 FORKS_MAX = 64
 PORT_FORWARDS_MAX = 32
 REFERENCE_LENGTH_MAX = 128
+BENCH_ROUNDS_MAX = 20
 DIFF_EXTENTS_MAX = 1000  # listed; the counts are of all
 
 # The API.
@@ -88,6 +89,7 @@ RESCUE_S = 900.0
 STALL_RETRY_S = 2.0
 PACK_S = 1800.0
 END_S = 2 * PACK_S  # longer than any verb: what ended meanwhile is settled behind it
+BENCH_WORK_S = 300.0  # what a guest, or a process of ours, does between two figures of `bench`
 SUBPROCESS_S = 300.0
 IMAGE_BUILD_S = 1800.0
 

@@ -556,3 +556,43 @@ class DoctorAnswer(Answer):
     checks: list[Check]
     daemon_pid: int
     pager_pid: int | None
+
+
+BenchGroup = Literal["cycle", "pager"]
+
+
+class BenchRequest(Strict):
+    """What to measure; no group: all of them."""
+
+    groups: list[BenchGroup] = []
+    rounds: int = 5
+
+
+class BenchPeer(Answer):
+    """What a figure is compared with: the same unit, taken in the same rounds."""
+
+    name: str
+    values: list[float]
+    median: float
+
+
+class BenchRow(Answer):
+    """A figure, one value a round; `ratio` is its median over its peer's, where it has one."""
+
+    group: BenchGroup
+    name: str
+    unit: str  # ms, us, pages, reads, MiB/s
+    values: list[float]
+    median: float
+    peer: BenchPeer | None = None
+    ratio: float | None = None  # null also where the peer's median is 0
+    notes: list[str] = []
+
+
+class BenchAnswer(Answer):
+    """What this host does, measured on real guests; `notes` say what was not measured, and why."""
+
+    rounds: int
+    accelerator: str
+    rows: list[BenchRow]
+    notes: list[str] = []

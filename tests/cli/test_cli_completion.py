@@ -34,6 +34,7 @@ def ask(place: FakeHome, *words: str, environment: dict[str, str] | None = None)
 
 def test_verbs_options_and_groups(place: FakeHome) -> None:
     assert sorted(ask(place, "pa")) == ["pager", "pause"]
+    assert ask(place, "bench", "") == ["cycle", "pager"]
     assert "--durability" in ask(place, "pause", "--")
     assert ask(place, "snapshot", "sa") == ["save"]
     assert ask(place, "completion", "") == list(SHELLS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from typing import Any
 
@@ -51,6 +52,15 @@ def test_every_verb_answers_json_with_the_contracts_fields(place: FakeHome) -> N
     assert (brought["name"], brought["flavor"]) == ("own", "imported")
     assert place.json("image", "ls")[0]["name"] == "tiny"
     assert place.json("doctor").keys() >= {"checks", "daemon_pid", "pager_pid"}
+    measured = place.json("bench", "--rounds", "2")
+    assert measured.keys() == {"rounds", "accelerator", "rows", "notes"}
+    assert all(
+        row.keys() == {"group", "name", "unit", "values", "median", "peer", "ratio", "notes"}
+        for row in measured["rows"]
+    )
+    assert measured["rows"][1]["peer"] == {
+        "name": "boot", "values": [1600.0, 1200.0], "median": 1200.0,
+    }  # fmt: skip
     assert place.json("logs", "web") == {"log": ""}
     assert place.json("rm", "-f", "web") == {"removed": [web], "already": []}
     assert place.json("rm", web) == {"removed": [], "already": [web]}
@@ -120,6 +130,31 @@ def test_doctor_fails_only_for_what_is_required(place: FakeHome) -> None:
     assert done.returncode == 1
     assert b"apt-get install qemu" in done.stderr
     assert place.json("doctor", code=1)["checks"][0]["ok"] is False
+
+
+def test_bench_is_a_table_with_peers(place: FakeHome) -> None:
+    done = place.run("bench", "--rounds", "2")
+    lines = done.stdout.decode().splitlines()
+    assert [line.split("  ") for line in map(_closer, lines)] == [
+        ["GROUP", "WHAT", "MEDIAN", "LEAST TO MOST", "AGAINST", "RATIO"],
+        ["cycle", "boot", "1,200 ms", "1,200 to 1,600"],
+        ["cycle", "resume", "60 ms", "boot: 1,200 ms", "1/20"],
+        ["pager", "fault", "14 us", "flat: 1.2 us", "12"],
+    ]
+    assert done.stderr.decode().splitlines() == [
+        "\\x1b[31mnot all", "medians of 2 rounds; guests ran under tcg", "warm",
+    ]  # fmt: skip
+    assert [row["name"] for row in place.json("bench", "pager", "pager")["rows"]] == ["fault"]
+    (place.home.root / "no-pager").touch()
+    assert place.json("bench", "pager", code=43)["error"]["code"] == "pager_unavailable"
+    assert place.run("bench", "all").returncode == 2
+    assert place.run("bench", "--rounds", "21").returncode == 2
+    assert place.run("bench", "--rounds", "0").returncode == 2
+
+
+def _closer(line: str) -> str:
+    """Columns two spaces apart."""
+    return re.sub(" {2,}", "  ", line)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +292,7 @@ def test_every_verb_has_help_that_ends_with_examples(
 
 def test_the_verbs_are_those_of_the_contract() -> None:
     assert {" ".join(words) for words in VERBS} == {
-        "doctor", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
+        "doctor", "bench", "image build", "image ls", "run", "ps", "inspect", "logs", "exec", "rm",
         "image import", "image inspect", "image rm",
         "pause", "resume", "fork", "snapshot save", "snapshot ls", "snapshot inspect", "serve",
         "freeze", "thaw", "restore",

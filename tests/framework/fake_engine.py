@@ -27,6 +27,7 @@ from diapause.errors import (
     InvalidRequest,
     NameInUse,
     NotSupportedYet,
+    PagerUnavailable,
     SandboxNotFound,
     SnapshotNotFound,
     WrongState,
@@ -237,6 +238,31 @@ class FakeEngine:
             model.Check(name="kvm", ok=False, detail="no /dev/kvm", fix="", required=False),
         ]
         return model.DoctorAnswer(checks=checks, daemon_pid=1, pager_pid=None)
+
+    def bench(self, request: model.BenchRequest) -> model.BenchAnswer:
+        if (self.home.root / "no-pager").exists():
+            raise PagerUnavailable(cause="/dev/fuse is missing")
+        row, row2 = (
+            model.BenchRow(
+                group="cycle",
+                name=name,
+                unit="ms",
+                values=values,
+                median=values[-1],
+                notes=["warm"],
+            )
+            for name, values in (("boot", [1600.0, 1200.0]), ("resume", [60.0]))
+        )
+        row2.peer = model.BenchPeer(name="boot", values=row.values, median=row.median)
+        row2.ratio = 0.05
+        row3 = model.BenchRow(group="pager", name="fault", unit="us", values=[14.04], median=14.04)
+        row3.peer = model.BenchPeer(name="flat", values=[1.2], median=1.2)
+        row3.ratio = 11.7
+        rows = [row, row2, row3]
+        return model.BenchAnswer(
+            rounds=request.rounds, accelerator="tcg", notes=["\x1b[31mnot all"],
+            rows=[one for one in rows if one.group in (request.groups or ["cycle", "pager"])],
+        )  # fmt: skip
 
     def build_image(self, request: model.ImageBuildRequest) -> model.ImageInfo:
         return self._image(request.name, request.flavor or request.name)

@@ -36,7 +36,8 @@ VERBS = [
     "snapshot diff x y", "snapshot verify x", "snapshot rm x", "snapshot save x", "events",
     "logs x", "image ls", "image inspect x", "image rm x", "image build tiny", "df", "gc", "check",
     "image import own --kernel k --rootfs r",
-    "doctor", "run", "fork x", "pause x", "resume x", "freeze x", "thaw x", "restore x y", "rm x",
+    "doctor", "bench", "run", "fork x", "pause x", "resume x", "freeze x", "thaw x", "restore x y",
+    "rm x",
 ]  # fmt: skip
 
 

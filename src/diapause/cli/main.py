@@ -37,7 +37,7 @@ _VERBS = {
         "completion": "completion",
         "events": "events",
         "cp": "cp", "console": "console",
-        "system": "system", "pager": "pager",
+        "system": "system", "pager": "pager", "bench": "bench",
     }.items()
 }  # fmt: skip
 _VERBS["support-bundle"] = "diapause.cli.support_bundle:support_bundle"

@@ -92,6 +92,10 @@ class Client:
         """Prove what this host can do."""
         return self._call("POST", "/v1/doctor", model.DoctorAnswer)
 
+    def bench(self, request: model.BenchRequest) -> model.BenchAnswer:
+        """Measure what this host does."""
+        return self._call("POST", "/v1/bench", model.BenchAnswer, request)
+
     def build_image(self, request: model.ImageBuildRequest) -> model.ImageInfo:
         """Build an image, or find that it exists."""
         return self._call("POST", "/v1/images", model.ImageInfo, request)

@@ -15,6 +15,8 @@ from diapause.guest.session import ExecRequest
 from diapause.journal import Journal
 from diapause.model import (
     Answer,
+    BenchAnswer,
+    BenchRequest,
     CaptureAnswer,
     CaptureRequest,
     CheckAnswer,
@@ -89,6 +91,9 @@ class Engine(Protocol):
 
     def doctor(self) -> DoctorAnswer:
         """Prove what this host can do."""
+
+    def bench(self, request: BenchRequest) -> BenchAnswer:
+        """Measure what this host does."""
 
     def build_image(self, request: ImageBuildRequest) -> ImageInfo:
         """Build an image, or find that it exists."""

@@ -94,6 +94,10 @@ ROUTES: tuple[Route, ...] = (
         "POST", "/v1/doctor", "doctor", "Prove what this host can do", model.DoctorAnswer,
         handler=lambda engine, call: engine.doctor(),
     ),
+    Route(
+        "POST", "/v1/bench", "bench", "Measure what this host does", model.BenchAnswer,
+        model.BenchRequest, lambda engine, call: engine.bench(call.body), body_needed=False,
+    ),
     _get(
         "/v1/images", "listImages", "All images", list[model.ImageInfo],
         lambda engine, call: engine.images(),

@@ -18,6 +18,7 @@ from diapause.guest.imports import import_image
 from diapause.limits import AGENT_READY_S
 from diapause.operation import at_step
 from diapause.sandbox import doctor, once, views
+from diapause.sandbox.bench import run as bench
 from diapause.sandbox.captures import Captures
 from diapause.sandbox.consoles import Rotation
 from diapause.sandbox.freezes import Freezes
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from diapause.journal import Journal
     from diapause.model import (
         Answer,
+        BenchAnswer,
+        BenchRequest,
         CaptureAnswer,
         CaptureRequest,
         CheckAnswer,
@@ -128,6 +131,10 @@ class Engine:
     def doctor(self) -> DoctorAnswer:
         """Prove what this host can do."""
         return doctor.examine(self)
+
+    def bench(self, request: BenchRequest) -> BenchAnswer:
+        """Measure what this host does."""
+        return bench.measure(self, request)
 
     def build_image(self, request: ImageBuildRequest) -> ImageInfo:
         """Build an image; one that exists stays as it is."""

@@ -1,0 +1,1 @@
+"""bench: what this host does with real guests, for whoever installed it."""
