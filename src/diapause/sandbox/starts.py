@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from diapause.sandbox.host import Host
 
 log = logging.getLogger("diapause.starts")
-_FORKS_AT_ONCE = 4
+# Nine tenths of a start are work of the VMM and its guest, most of it on one processor. Two of them
+# for each fill the waits for the kernel and the disk; more only take caches from each other.
+_FORKS_PER_PROCESSOR, _FORKS_AT_ONCE_MIN, _FORKS_AT_ONCE_MAX = 2, 4, 32
 
 
 class Starts(Part):
@@ -128,7 +131,7 @@ class Starts(Part):
         What was given to the pool before that, and what the thread was for, may be done all the
         same: none of it is under way any more when this ends, and nobody else knows of it.
         """
-        with ThreadPoolExecutor(_FORKS_AT_ONCE, "diapause-fork") as pool:
+        with ThreadPoolExecutor(_forks_at_once(), "diapause-fork") as pool:
             try:
                 return [pool.submit(carried(partial(self._start_fork, verb))) for verb in forks]
             except RuntimeError as error:
@@ -151,3 +154,8 @@ class Starts(Part):
                 known = isinstance(error, DiapauseError)
                 log.warning("fork %s: undoing: %s", verb.sandbox, error, exc_info=not known)
                 self.host.watch(partial(remove_later, self.host, verb.sandbox))
+
+
+def _forks_at_once() -> int:
+    wanted = _FORKS_PER_PROCESSOR * len(os.sched_getaffinity(0))
+    return min(max(wanted, _FORKS_AT_ONCE_MIN), _FORKS_AT_ONCE_MAX)
