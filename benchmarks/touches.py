@@ -61,6 +61,7 @@ class Toucher:
         assert traced == bool(answer.prefetched_pages), answer
         self.resumes += 1
         wait_for(lambda: self._lines() > self.resumes, "the touches")
+        assert self._lines() == self.resumes + 1, "touched twice: the last were warm"
         last = self.bench.run(self.guest, f"tail -n 1 {_OUT}")
         self.bench.pause(self.guest, "disk")
         return int(last.split()[0]) / 1000
