@@ -66,10 +66,10 @@ def test_reads_are_told_by_origin_and_those_with_a_trace_next_to_those_without()
     counted = figures(**values)
     made = rows("pager", pager._read_lines(counted), counted)
     assert [(row.name, row.ratio) for row in made] == [
-        ("reads answered from builds on this host, without a trace", None),
-        ("reads answered from builds on this host, without a trace, p50", None),
-        ("reads answered from builds on this host, with a trace", 0.2),
-        ("reads answered from no data, with a trace", None),
+        ("reads from builds on this host, without a trace", None),
+        ("reads from builds on this host, without a trace, p50", None),
+        ("reads from builds on this host, with a trace", 0.2),
+        ("reads from no data, with a trace", None),
     ]
 
 

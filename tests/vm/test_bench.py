@@ -68,19 +68,20 @@ def measuring(daemon: Daemon, group: BenchGroup, step: str) -> Iterator[tuple[As
 
 
 def test_a_guest_with_memory_in_use_is_measured_on_demand(daemon: Daemon) -> None:
-    answer = ask(daemon, "bench", "pager", "--rounds", "1")
+    answer = ask(daemon, "bench", "pager", "--rounds", "2")
     rows = {(row["name"], row["peer"] and row["peer"]["name"]): row for row in answer["rows"]}
     medians = {name: row["median"] for (name, _), row in rows.items()}
     assert len(rows) == len(answer["rows"])
     assert {row["group"] for row in rows.values()} == {"pager"}
-    assert all(len(row["values"]) == 1 and row["median"] > 0 for row in rows.values())
+    assert all(1 <= len(row["values"]) <= 2 and row["median"] > 0 for row in rows.values())
     resumed = rows["resume on demand, with a trace", "copied from a flat file that is there"]
     assert resumed["ratio"] == resumed["median"] / resumed["peer"]["median"]
     # What the guest read, 32 MiB, was asked for without a trace and brought ahead with one.
     assert medians["and touched by it"] <= medians["brought ahead of the guest"]
     assert medians["and touched by it"] > 32 * 256 / 2
-    # A read is of 1 MiB at most.
-    assert medians["reads answered from builds on this host, without a trace"] >= 32
+    # A read is of 1 MiB at most; a round sees nothing of what the one before read in 4 KiB.
+    reads = rows["reads from builds on this host, without a trace", None]
+    assert all(32 <= count < 1000 for count in reads["values"]), reads
     assert medians["a 64 KiB fault at random on the served file, p50"] > 0
     assert answer["notes"] == ["pager: 384.0 MiB of a served file are what the flat file has"]
     check_nothing_is_left(daemon)

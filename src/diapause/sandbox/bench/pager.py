@@ -49,7 +49,7 @@ def measure(trial: Engine, rounds: int) -> tuple[list[BenchRow], list[str]]:
             if number == 1:
                 compared = files.compare()
             files.measure(figures, number)
-            guest.forget_older()
+            _afresh(guest)
     guest.remove()
     notes = [f"pager: {format_size(compared)} of a served file are what the flat file has"]
     return rows("pager", [*_LINES, *_read_lines(figures), *_FILE_LINES], figures), notes
@@ -76,6 +76,13 @@ def _copied(guest: Subject, figures: Figures) -> None:
     figures.add("ready copied", guest.resume("copy").ready_ms)
     figures.add("work copied", timed_ms(lambda: guest.sh(_WORK)))
     guest.pause()
+
+
+def _afresh(guest: Subject) -> None:
+    """Another snapshot for the next round: of this one's file much was read by now, and counted."""
+    guest.resume("copy")
+    guest.pause()
+    guest.forget_older()
 
 
 def _served(trial: Engine, guest: Subject, figures: Figures, how: str) -> None:
@@ -118,7 +125,7 @@ def _read_lines(figures: Figures) -> list[Line]:
     for origin, words in _ORIGINS.items():
         for how, said in (("without", _WITHOUT), ("traced", "with a trace")):
             of, peer = f"{origin} {how}", f"{origin} without" if how == "traced" else None
-            name = f"reads answered from {words}, {said}"
+            name = f"reads from {words}, {said}"
             for what, unit, suffix in (
                 ("count", "reads", ""), ("p50_us", "us", ", p50"), ("p99_us", "us", ", p99")
             ):  # fmt: skip
