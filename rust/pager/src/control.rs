@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::clients::{Client, ClientText};
 use crate::nodes::Node;
 use crate::packet::{self, Packet};
+use crate::passed;
 use crate::prefetch;
 use crate::process::Process;
 use crate::server::Server;
@@ -53,6 +54,12 @@ pub enum Ask {
     },
     /// A file goes; nobody runs on it.
     Remove {
+        /// Its name.
+        name: String,
+    },
+    /// A file is passed through to the one that comes with this from now on; where none comes, no
+    /// more.
+    Pass {
         /// Its name.
         name: String,
     },
@@ -197,6 +204,7 @@ fn answer(service: &Arc<Service>, packet: Packet) -> Answered {
         Ask::Hello {} => return hello(service),
         Ask::Put { name, spec } => put(service, &name, &spec)?,
         Ask::Remove { name } => remove(service, &name)?,
+        Ask::Pass { name } => pass(service, &name, packet.fds)?,
         Ask::Names { after } => names(server, &after),
         Ask::Attach { sandbox, files } => attach(service, &sandbox, files, packet.fds)?,
         Ask::Listen { sandbox, file } => listen_for(service, &sandbox, file, packet.fds)?,
@@ -265,6 +273,7 @@ fn remove(service: &Service, name: &str) -> Result<serde_json::Value, String> {
     if let Some(client) = service.server.clients.all().iter().find(|c| runs_on(c)) {
         return Err(format!("{} runs on {name}", client.sandbox));
     }
+    passed::forget(service, name)?;
     let key = format!("node/{name}");
     service
         .keep
@@ -273,6 +282,14 @@ fn remove(service: &Service, name: &str) -> Result<serde_json::Value, String> {
     service.server.nodes.remove(name);
     service.server.seen.forget(name);
     Ok(serde_json::json!({}))
+}
+
+fn pass(service: &Service, name: &str, fds: Vec<OwnedFd>) -> Result<serde_json::Value, String> {
+    if fds.len() > 1 {
+        return Err("one file at most has to come with this".to_owned());
+    }
+    let cause = passed::pass(service, name, fds.into_iter().next())?;
+    Ok(serde_json::json!({ "passed": cause.is_none(), "cause": cause }))
 }
 
 fn names(server: &Server, after: &str) -> serde_json::Value {
@@ -475,8 +492,19 @@ fn trace(
     prior: Option<&Path>,
     to: &Path,
 ) -> Result<serde_json::Value, String> {
+    let (node, client) = (
+        found(&service.server, name)?,
+        service.server.clients.get(sandbox),
+    );
+    let handed = client.is_some_and(|client| client.text().handed);
+    if node.passed().is_some() && !handed {
+        // As much as lies in the page cache in one piece, which may be megabytes.
+        return Err(format!(
+            "{name} is passed through: more of it is mapped than was touched"
+        ));
+    }
     let (touched, said, order) = touched(service, sandbox, name, touched::of)?;
-    let size_bytes = found(&service.server, name)?.size_bytes;
+    let size_bytes = node.size_bytes;
     // One that can't be read any more is as good as none.
     let known = prior.and_then(|path| Trace::read(path, size_bytes).ok());
     let known = known.unwrap_or_else(|| Trace::empty(size_bytes));

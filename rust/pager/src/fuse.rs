@@ -8,12 +8,15 @@
 //!   go, pages that the cache has stay, and others fail with SIGBUS or ENOTCONN: never zeros.
 //! - A cloned descriptor has a list of its own of what was read and not answered: a reply has to go
 //!   to the descriptor that its request came from, and the keeper has to hold the clones as well.
+//! - A node that is passed through is never open in another way, nor to another file: such an open
+//!   fails with EIO. The file stays alive by whoever has it open, also unlinked and without a
+//!   server. What is mapped of it has this mount's name and number for it.
 //! - `statx` with AT_STATX_DONT_SYNC asks no server: the holder of the device may call it.
 
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::uio::writev;
 
@@ -35,6 +38,23 @@ const MOUNT_ATTR_NOEXEC: libc::c_uint = 8;
 nix::ioctl_read!(
     /// Makes a fresh `/dev/fuse` another end of the connection of the one that is named.
     clone_device, 229, 0, u32
+);
+
+/// What BACKING_OPEN is told.
+#[repr(C)]
+pub struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+nix::ioctl_write_ptr!(
+    /// Shows the kernel a file that others can be passed through to; returns what it calls it.
+    open_backing, 229, 1, BackingMap
+);
+nix::ioctl_write_ptr!(
+    /// Takes that back; who has such a file open keeps it.
+    close_backing, 229, 2, u32
 );
 
 /// Who may reach the files of a mount, besides having a descriptor of it.
@@ -161,6 +181,32 @@ impl Fuse {
     /// What the kernel says; EINVAL before Linux 6.9.
     pub fn ask_again(&self) -> io::Result<()> {
         self.write(0, &wire::head(0, wire::NOTICE_RESEND, 0), &[])
+    }
+
+    /// Shows the kernel a file that files of this mount can be passed through to; returns its
+    /// number for [`wire::passed_reply`]. It stays with the connection, not with this process.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN or before Linux 6.9; ELOOP for a file on a stacked file system.
+    pub fn show(&self, file: BorrowedFd<'_>) -> io::Result<i32> {
+        let map = BackingMap {
+            fd: file.as_raw_fd(),
+            flags: 0,
+            padding: 0,
+        };
+        // SAFETY: the structure is the kernel's and outlives the call; both descriptors are open.
+        Ok(unsafe { open_backing(self.devices[0].as_raw_fd(), &raw const map) }?)
+    }
+
+    /// Takes a file back that was shown: nobody can be passed through to it from now on.
+    ///
+    /// # Errors
+    /// ENOENT for a number that is none.
+    pub fn take_back(&self, backing: i32) -> io::Result<()> {
+        let number = backing as u32;
+        // SAFETY: the call reads one u32.
+        unsafe { close_backing(self.devices[0].as_raw_fd(), &raw const number) }?;
+        Ok(())
     }
 
     fn write(&self, end: usize, head: &[u8], data: &[IoSlice]) -> io::Result<()> {

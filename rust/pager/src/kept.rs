@@ -66,6 +66,15 @@ pub struct Entry {
     pub fds: Vec<OwnedFd>,
 }
 
+/// The text of an entry.
+///
+/// # Errors
+/// There is none, or it is none of this kind.
+pub fn text_of<T: serde::de::DeserializeOwned>(entry: Option<&Entry>) -> io::Result<T> {
+    let entry = entry.ok_or(io::ErrorKind::NotFound)?;
+    Ok(serde_json::from_value(entry.value.clone())?)
+}
+
 /// All entries, by name.
 #[derive(Debug, Default)]
 pub struct Kept(BTreeMap<String, Entry>);

@@ -6,7 +6,8 @@
 //! happens at each death.
 //!
 //! Invariants:
-//! - A page that is served is right: verified up to the digest of the header that maps it.
+//! - A page that is served is right: verified up to the digest of the header that maps it. A file
+//!   is passed through only to one that was verified whole when it was made.
 //! - Where it can't be, the access waits; after a bound the VMM is killed, *then* the access fails.
 //! - Who holds the FUSE device never touches a file on it.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -31,6 +32,7 @@ pub mod log;
 pub mod namespace;
 pub mod nodes;
 pub mod packet;
+pub mod passed;
 pub mod prefetch;
 pub mod process;
 pub mod replay;

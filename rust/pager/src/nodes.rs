@@ -2,6 +2,10 @@
 //!
 //! A name stands for the same bytes for ever, and a number is never given twice: what the page
 //! cache has of a file can't be wrong, whoever opens it later.
+//!
+//! A name whose bytes lie in one file that was verified whole is *passed through* to it, under a
+//! number of its own: that one is never open in another way, nor to another file, which the kernel
+//! would refuse. Who has it open by the first number goes on with that.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -30,6 +34,20 @@ pub struct NodeText {
     pub spec: DeviceSpec,
 }
 
+/// What a file is passed through to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Passed {
+    /// The number that it is passed through under; the kernel's node.
+    pub number: u64,
+    /// What the kernel calls the file behind it.
+    pub backing: i32,
+    /// Which file that is: its device and its number there.
+    pub place: (u64, u64),
+    /// When it was written, in seconds and nanoseconds.
+    pub modified: (u64, u32),
+}
+
 /// One file.
 #[derive(Debug)]
 pub struct Node {
@@ -42,9 +60,15 @@ pub struct Node {
     spec: Mutex<DeviceSpec>,
     device: Mutex<Option<Arc<Device>>>,
     given: Mutex<Given>,
+    passed: Mutex<Option<Passed>>,
 }
 
 impl Node {
+    /// What whoever opens it from now on is passed through to.
+    pub fn passed(&self) -> Option<Passed> {
+        *self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What is kept of it.
     pub fn text(&self) -> NodeText {
         let spec = self.spec.lock().unwrap_or_else(PoisonError::into_inner);
@@ -190,6 +214,25 @@ impl Nodes {
         let mut tables = self.0.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(node) = tables.by_name.remove(name) {
             tables.by_number.remove(&node.number);
+            if let Some(passed) = node.passed() {
+                tables.by_number.remove(&passed.number);
+            }
+        }
+    }
+
+    /// Passes a file through from now on, or no more.
+    pub fn pass(&self, name: &str, to: Option<Passed>) {
+        let mut tables = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(node) = tables.by_name.get(name).cloned() else {
+            return;
+        };
+        let mut passed = node.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = std::mem::replace(&mut *passed, to) {
+            tables.by_number.remove(&before.number);
+        }
+        if let Some(to) = to {
+            tables.last = tables.last.max(to.number);
+            tables.by_number.insert(to.number, node.clone());
         }
     }
 
@@ -229,6 +272,7 @@ impl Tables {
             spec: Mutex::new(text.spec),
             device: Mutex::new(None),
             given: Mutex::new(given),
+            passed: Mutex::default(),
         });
         self.by_number.insert(node.number, node.clone());
         self.by_name.insert(name, node);
@@ -282,6 +326,36 @@ mod tests {
         let later = Nodes::take_up(texts, nodes.last());
         assert_eq!(later.find("a.memory").unwrap().number, first);
         assert_eq!(add(&later, "c.memory", "h"), third + 1);
+    }
+
+    #[test]
+    fn a_file_that_is_passed_through_has_another_number_each_time() {
+        let nodes = Nodes::take_up(std::iter::empty(), 0);
+        let number = add(&nodes, "a.memory", "h");
+        let node = nodes.find("a.memory").unwrap();
+        let to = |number| Passed {
+            number,
+            backing: 1,
+            place: (1, 2),
+            modified: (3, 4),
+        };
+        nodes.pass("a.memory", Some(to(number + 1)));
+        nodes.pass("nobody", Some(to(99)));
+        assert_eq!(
+            (node.passed(), nodes.last()),
+            (Some(to(number + 1)), number + 1)
+        );
+        for known in [number, number + 1] {
+            assert!(Arc::ptr_eq(&nodes.get(known).unwrap(), &node));
+        }
+        nodes.pass("a.memory", Some(to(number + 2)));
+        assert!(nodes.get(number + 1).is_none());
+        nodes.pass("a.memory", None);
+        assert!(nodes.get(number + 2).is_none() && nodes.get(number).is_some());
+        assert_eq!(add(&nodes, "b.memory", "h"), number + 3);
+        nodes.pass("a.memory", Some(to(number + 4)));
+        nodes.remove("a.memory");
+        assert!(nodes.get(number + 4).is_none() && nodes.get(number).is_none());
     }
 
     #[test]

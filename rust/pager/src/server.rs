@@ -10,7 +10,7 @@ use crate::clients::{is_dying, Cause, Client, Clients};
 use crate::device::Part;
 use crate::fuse::{Buffer, Fuse};
 use crate::held::{Held, HeldRead, AGAIN};
-use crate::nodes::{Node, Nodes, Open};
+use crate::nodes::{Node, Nodes, Open, Passed};
 use crate::seen::Seen;
 use crate::wire::{self, Attributes, Call, Init, Request, ROOT};
 
@@ -172,11 +172,7 @@ impl Server {
             Call::Init(init) => return self.greet(end, unique, &init),
             Call::Lookup(name) => self.lookup(name),
             Call::Attributes => self.attributes(node).map(|of| wire::attributes_reply(&of)),
-            Call::Open => self
-                .nodes
-                .get(node)
-                .map(|_| wire::open_reply())
-                .ok_or(libc::ESTALE),
+            Call::Open => self.open(node),
             Call::OpenDirectory => Ok(wire::open_reply()),
             Call::Statistics => Ok(wire::statistics_reply()),
             Call::Nothing => Ok(Vec::new()),
@@ -201,16 +197,28 @@ impl Server {
     fn lookup(&self, name: &[u8]) -> Result<Vec<u8>, i32> {
         let name = std::str::from_utf8(name).map_err(|_| libc::ENOENT)?;
         let node = self.nodes.find(name).ok_or(libc::ENOENT)?;
-        let of = attributes_of(node.number, node.size_bytes);
-        Ok(wire::entry_reply(&of))
+        Ok(wire::entry_reply(&attributes_of(&node, node.passed())))
+    }
+
+    /// One that is passed through is opened under the number for that and no other.
+    fn open(&self, number: u64) -> Result<Vec<u8>, i32> {
+        let node = self.nodes.get(number).ok_or(libc::ESTALE)?;
+        if number == node.number {
+            return Ok(wire::open_reply());
+        }
+        let passed = node.passed().filter(|passed| passed.number == number);
+        passed
+            .map(|passed| wire::passed_reply(passed.backing))
+            .ok_or(libc::ESTALE) // no more: the kernel asks for the name again
     }
 
     fn attributes(&self, node: u64) -> Result<Attributes, i32> {
         if node == ROOT {
-            return Ok(attributes_of(ROOT, 0));
+            return Ok(attributes(ROOT, 0));
         }
-        let node = self.nodes.get(node).ok_or(libc::ESTALE)?;
-        Ok(attributes_of(node.number, node.size_bytes))
+        let file = self.nodes.get(node).ok_or(libc::ESTALE)?;
+        let passed = file.passed().filter(|passed| passed.number == node);
+        Ok(attributes_of(&file, passed))
     }
 
     /// Has a read answered: at once, or by another thread where its medium may take its time. A
@@ -354,9 +362,24 @@ fn cause_of(read: &HeldRead) -> Cause {
     }
 }
 
-fn attributes_of(node: u64, size_bytes: u64) -> Attributes {
+/// A file's, as it is served or as it is passed through.
+fn attributes_of(node: &Node, passed: Option<Passed>) -> Attributes {
+    let served = attributes(node.number, node.size_bytes);
+    match passed {
+        None => served,
+        Some(passed) => Attributes {
+            node: passed.number,
+            modified: passed.modified,
+            ..served
+        },
+    }
+}
+
+fn attributes(node: u64, size_bytes: u64) -> Attributes {
     Attributes {
         node,
+        inode: node,
+        modified: (0, 0),
         size_bytes,
         uid: nix::unistd::geteuid().as_raw(),
         gid: nix::unistd::getegid().as_raw(),

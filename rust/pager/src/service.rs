@@ -11,8 +11,9 @@ use crate::clients::{Cause, Client, ClientText, Clients};
 use crate::fuse::Fuse;
 use crate::handed::Handed;
 use crate::keep::Keep;
-use crate::kept::{Entry, Kept};
+use crate::kept::{text_of, Entry, Kept};
 use crate::nodes::{NodeText, Nodes};
+use crate::passed;
 use crate::process::Process;
 use crate::server::{Keeps, Server};
 use crate::wire::{granted, Init, HAS_RESEND};
@@ -86,6 +87,10 @@ impl Service {
         });
         let (nodes, clients) =
             keep.with(|kept| Ok::<_, io::Error>((nodes(kept)?, clients(kept)?)))?;
+        match taken_up {
+            true => passed::take_up(&keep, &fuse, &nodes)?,
+            false => passed::begin(&keep)?,
+        }
         let bound = Duration::from_millis(settings.stall_ms);
         let server = Arc::new(Server::new(fuse, nodes, clients, bound, kernel.clone()));
         // Before the first thread runs that may need it.
@@ -261,11 +266,6 @@ fn clients(kept: &Kept) -> io::Result<Clients> {
         clients.add(Client::new(sandbox, text, process));
     }
     Ok(clients)
-}
-
-fn text_of<T: serde::de::DeserializeOwned>(entry: Option<&Entry>) -> io::Result<T> {
-    let entry = entry.ok_or(io::ErrorKind::NotFound)?;
-    Ok(serde_json::from_value(entry.value.clone())?)
 }
 
 fn fd_of(entry: Option<&Entry>) -> io::Result<OwnedFd> {

@@ -34,15 +34,22 @@ pub const NOTICE_RESEND: i32 = 7;
 
 /// Kernel feature: requests that were read and not answered can be asked for again (Linux 6.9).
 pub const HAS_RESEND: u64 = 1 << 39;
+/// Kernel feature: a file can be passed through to another (Linux 6.9).
+pub const PASSTHROUGH: u64 = 1 << 37;
 const ASYNC_READ: u64 = 1;
 const PARALLEL_DIROPS: u64 = 1 << 18;
 const MAX_PAGES: u64 = 1 << 22;
 const INIT_EXT: u64 = 1 << 30;
-const WANTED: u64 = ASYNC_READ | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND;
+const WANTED: u64 = ASYNC_READ | PARALLEL_DIROPS | MAX_PAGES | INIT_EXT | HAS_RESEND | PASSTHROUGH;
+/// File systems above a file that is passed through: itself. One that lies on an overlay is not
+/// passed through: what is mapped of it would have another name and number.
+const STACK_DEPTH: u32 = 1;
 
 const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 /// A close must not wait for a server: whoever closes may be the server's own process.
 const FOPEN_NOFLUSH: u32 = 1 << 5;
+/// Not beside KEEP_CACHE: the kernel fails such an open.
+const FOPEN_PASSTHROUGH: u32 = 1 << 7;
 
 const MAJOR: u32 = 7;
 /// The version whose INIT reply has `flags2`; older kernels are answered all the same.
@@ -203,6 +210,11 @@ fn init(arguments: &[u8]) -> Option<Init> {
 pub struct Attributes {
     /// Its node.
     pub node: u64,
+    /// The number that users see: the same for each node that a name ever had.
+    pub inode: u64,
+    /// When it was written: seconds and nanoseconds. Of one that is passed through, as the file
+    /// behind it says; no other has a time.
+    pub modified: (u64, u32),
     /// Its size; of the directory, 0.
     pub size_bytes: u64,
     /// Whose it is.
@@ -237,10 +249,15 @@ impl Words {
             ROOT => (libc::S_IFDIR | 0o500, 2),
             _ => (libc::S_IFREG | 0o400, 1),
         };
-        self.u64(of.node)
+        self.u64(of.inode)
             .u64(of.size_bytes)
             .u64(of.size_bytes.div_ceil(512))
-            .zeros(3 * 8 + 3 * 4) // times
+            .u64(0) // times of access, of writing, of change
+            .u64(of.modified.0)
+            .u64(0)
+            .u32(0)
+            .u32(of.modified.1)
+            .u32(0)
             .u32(mode)
             .u32(links)
             .u32(of.uid)
@@ -272,6 +289,11 @@ pub fn init_reply(asked: &Init) -> Option<Vec<u8>> {
         return None;
     }
     let granted = granted(asked.features);
+    let depth = if granted & PASSTHROUGH != 0 {
+        STACK_DEPTH
+    } else {
+        0
+    };
     let words = Words::default()
         .u32(MAJOR)
         .u32(MINOR)
@@ -283,8 +305,9 @@ pub fn init_reply(asked: &Init) -> Option<Vec<u8>> {
         .u32(1)
         .u16((READ_BYTES_MAX / 4096) as u16)
         .u16(0)
-        .u32((granted >> 32) as u32);
-    Some(words.zeros(28).0)
+        .u32((granted >> 32) as u32)
+        .u32(depth);
+    Some(words.zeros(24).0)
 }
 
 /// The answer to a lookup. A name is asked for at each open: what it stands for may be gone.
@@ -303,6 +326,12 @@ pub fn attributes_reply(of: &Attributes) -> Vec<u8> {
 pub fn open_reply() -> Vec<u8> {
     let flags = FOPEN_KEEP_CACHE | FOPEN_NOFLUSH;
     Words::default().u64(0).u32(flags).u32(0).0
+}
+
+/// The answer to an open that is passed through to a file which the kernel was shown before.
+pub fn passed_reply(backing: i32) -> Vec<u8> {
+    let flags = FOPEN_PASSTHROUGH | FOPEN_NOFLUSH;
+    Words::default().u64(0).u32(flags).u32(backing as u32).0
 }
 
 /// The answer to a question for the file system.
@@ -373,12 +402,19 @@ mod tests {
         assert_eq!(init_reply(&init).map(|reply| reply.len()), Some(64));
         assert_eq!(init_reply(&Init { major: 8, ..init }), None);
         assert_eq!(init_reply(&Init { minor: 12, ..init }), None);
+        let depth = |features| init_reply(&Init { features, ..init }).map(|reply| reply[36]);
+        assert_eq!(
+            [INIT_EXT, INIT_EXT | PASSTHROUGH].map(depth),
+            [Some(0), Some(1)]
+        );
     }
 
     #[test]
     fn replies_have_the_kernel_s_sizes() {
         let of = Attributes {
             node: 2,
+            inode: 2,
+            modified: (0, 0),
             size_bytes: 4096,
             uid: 0,
             gid: 0,
@@ -386,6 +422,7 @@ mod tests {
         assert_eq!(entry_reply(&of).len(), 128);
         assert_eq!(attributes_reply(&of).len(), 104);
         assert_eq!(open_reply().len(), 16);
+        assert_eq!(passed_reply(7)[8..], [0xa0, 0, 0, 0, 7, 0, 0, 0]);
         assert_eq!(statistics_reply().len(), 80);
         assert_eq!(store_head(2, 0, 4096).len(), 24);
         assert_eq!(head(1, 0, 100)[..4], 116u32.to_ne_bytes());
