@@ -25,7 +25,7 @@ BOUND_S = 600.0
 
 def measure(bench: Bench) -> list[Row]:
     """All rows."""
-    return [*_resumes(bench), *_faults(), *_sequential()]
+    return [*_resumes(bench), *_faults(), *_sequential(), *_passed()]
 
 
 def _resumes(bench: Bench) -> list[Row]:
@@ -95,6 +95,25 @@ def _sequential() -> list[Row]:
     return [
         Row("sequential read, frames as they are", *raw, 1 / 0.9),
         Row("sequential read, compressed frames", *packed, 1 / 0.8),
+    ]
+
+
+def _passed() -> list[Row]:
+    """A file that is passed through, against the plain file behind it, in the page cache."""
+    took: dict[tuple[str, str], list[float]] = {}
+    for line in map(json.loads, run(str(example("passed_speed"))).splitlines()):
+        took.setdefault((line["what"], line["way"]), []).append(line["us_per_mib"])
+
+    def figure(called: str, what: str, way: str) -> Figure:
+        return Figure(called, "us/MiB", tuple(took[what, way][1:]))  # the first round warms
+
+    def row(name: str, what: str) -> Row:
+        ours, peer = figure("passed through", what, "passed"), figure("plain", what, "plain")
+        return Row(name, ours, peer, 1.1)
+
+    return [
+        row("sequential read of a file that is passed through", "read"),
+        row("random touches of a file that is passed through", "touch"),
     ]
 
 

@@ -90,7 +90,7 @@ impl Pair {
         self.directory.path().join("pager.log")
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.directory.path().join("pager.sock")
     }
 
