@@ -248,10 +248,12 @@ def header_difference(
 ) -> HeaderDifference:
     """Compare two headers, verified to their ends; at most `limit` extents are listed."""
 
-def cached_bytes(pid: int, names: list[str]) -> list[int | None]:
-    """Bytes in the page cache of files that a process has open, by the ends of their paths.
+def cached_bytes(pid: int, files: list[tuple[str, str]]) -> list[tuple[int | None, bool] | None]:
+    """What the page cache has of files that a process has open, by the ends of their paths, each
+    with the path of the file that it may be passed through to.
 
-    None for one that it has not open. Whoever serves the files is asked nothing. OSError where the
+    Bytes, and whether it is passed through; no bytes where the file behind is another by now. None
+    for one that it has not open. Whoever serves the files is asked nothing. OSError where the
     process is gone or the kernel can't tell (before Linux 6.5).
     """
 

@@ -9,7 +9,9 @@ import pytest
 
 from diapause.catalog import Catalog
 from diapause.sandbox.ondemand import VARIABLE, Ondemand
+from diapause.snapshot.flats import FlatStore
 from diapause.snapshot.leases import Leases
+from diapause.store.gate import Gate
 from diapause.store.home import Home
 from diapause.store.templates import Templates
 
@@ -29,7 +31,9 @@ def test_whoever_does_not_say(
     home = Home.at(tmp_path / "home")
     home.create()
     with contextlib.closing(Catalog(home.catalog)) as catalog:
-        mode = Ondemand(home, catalog, Templates(home), Leases())
+        templates, leases = Templates(home), Leases()
+        flats = FlatStore(home, catalog, templates, leases, Gate())
+        mode = Ondemand(home, catalog, templates, leases, flats)
         assert mode.wanted(None) is ondemand
         assert (mode.wanted("copy"), mode.wanted("ondemand")) == (False, True)
         mode.close()

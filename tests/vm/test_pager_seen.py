@@ -52,13 +52,17 @@ def test_it_is_seen_while_the_pager_stands(daemon: Daemon, guest: Sandbox) -> No
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
-        memory, nobody = _core.cached_bytes(vmm, [f"{snapshot}.memory", "nobody.memory"])
+        names = [f"{snapshot}.memory", "nobody.memory"]
+        memory, nobody = _core.cached_bytes(vmm, [(name, "/nowhere") for name in names])
     finally:
         with contextlib.suppress(ProcessLookupError):  # it may have been replaced
             os.kill(pid, signal.SIGCONT)
     assert nobody is None
     assert memory is not None
-    assert 0 < memory < MEMORY_BYTES
+    resident, passed = memory
+    assert not passed
+    assert resident is not None
+    assert 0 < resident < MEMORY_BYTES
 
 
 def test_reads_are_counted_by_where_they_came_from(daemon: Daemon, guest: Sandbox) -> None:

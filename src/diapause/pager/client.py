@@ -105,6 +105,15 @@ class Pager:
         """A file goes; refused while a VMM runs on it."""
         self.ask({"remove": {"name": name}})
 
+    def pass_through(self, name: str, fd: int | None) -> str | None:
+        """A file is passed through to an open one from now on, or, with None, no more.
+
+        Why it isn't; None where it is.
+        """
+        said = self.ask({"pass": {"name": name}}, () if fd is None else (fd,))
+        cause: str | None = said["cause"]
+        return cause
+
     def names(self) -> list[str]:
         """All files, in order."""
         found: list[str] = []

@@ -76,7 +76,7 @@ class Host:
         self.packer = Packer(
             home, self.catalog, self.templates, self.leases, self.flats, self.gate
         )  # fmt: skip
-        self.ondemand = Ondemand(home, self.catalog, self.templates, self.leases)
+        self.ondemand = Ondemand(home, self.catalog, self.templates, self.leases, self.flats)
         self.packer.on_packed = self.ondemand.served.packed
         self.driver = QemuDriver(home, tracker_path(), track=tracking_wanted())
         self.images = threading.Lock()  # an image doesn't go between a look for it and a row

@@ -122,7 +122,8 @@ class HomeCollector:
         for name, count in sorted(self._home_bytes().items()):
             size.add_metric([name], count)
         yield size
-        yield from pager_metrics(self._served(), residence.totals(self._catalog.sandboxes()))
+        resident = residence.totals(self._home, self._catalog.sandboxes())
+        yield from pager_metrics(self._served(), resident)
         free = GaugeMetricFamily("diapause_home_free_bytes", "What its file system has left")
         free.add_metric([], self._home.free_bytes())
         yield free

@@ -24,6 +24,7 @@ from diapause.pager import process
 from diapause.pager.client import Pager
 from diapause.sandbox import residence
 from diapause.sandbox.admit import available_memory
+from diapause.snapshot.passing import Passing
 from diapause.snapshot.served import Served
 from diapause.snapshot.traces import Traces
 from diapause.store.boot import boot_id
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from diapause.catalog import Catalog, SandboxRecord, SnapshotRecord
     from diapause.driver.base import ProcessRef
+    from diapause.snapshot.flats import FlatStore
     from diapause.snapshot.leases import Leases
     from diapause.store.home import Home
     from diapause.store.templates import Templates
@@ -55,11 +57,15 @@ def _mode() -> str:
 class Ondemand:
     """The pager of one home and who runs on it."""
 
-    def __init__(self, home: Home, catalog: Catalog, templates: Templates, leases: Leases) -> None:
-        self._catalog = catalog
+    def __init__(
+        self, home: Home, catalog: Catalog, templates: Templates, leases: Leases, flats: FlatStore
+    ) -> None:
+        self._home, self._catalog = home, catalog
         self._mode = _mode()
         self._possible = False  # as far as was tried
         self.pager = Pager(home)
+        self.passing = Passing(flats, self.pager)
+        flats.on_gone = self.passing.take_back
         self.served = Served(home, catalog, templates, leases, self.pager)
         self.traces = Traces(home, catalog, self.pager)
 
@@ -82,6 +88,7 @@ class Ondemand:
         self.served.check(source)
         pair = self.pager.pair(start=True)
         names = self.served.files(source, pair.instance)
+        self.passing.offer(source, names, pair.instance)
         record.pager = pair.instance
         self._catalog.put_sandbox(record)
         if record.cold_base is None:  # else nobody wants its memory
@@ -162,10 +169,19 @@ class Ondemand:
         """What the pager counted of a sandbox, where it serves it and answers."""
         found = self._counted(record)
         if found is not None and "files" in found and record.process is not None:
-            residence.measure(record.process.pid, found)
+            residence.measure(self._home, record.process.pid, found)
             if record.root is not None and record.cold_base is None:
                 found["prefetch"] = self.traces.used(record.id, record.root)
         return found
+
+    def on_flats(self, snapshot: str) -> bool:
+        """Whether a VMM runs on files that are passed through to a snapshot's flat ones."""
+        for record in self._catalog.sandboxes():
+            if record.root == snapshot and record.pager is not None:
+                files = (self.seen(record) or {}).get("files")
+                if files is None or any(file.get("passthrough", True) for file in files):
+                    return True  # also where nobody can say
+        return False
 
     def _counted(self, record: SandboxRecord) -> dict[str, Any] | None:
         if record.pager is None:

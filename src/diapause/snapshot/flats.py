@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,9 +60,17 @@ class Seen(msgspec.Struct, frozen=True):
     def of(cls, path: Path) -> Seen | None:
         """Of the file there now; None where there is none."""
         try:
-            found = path.stat()
+            return cls._from(path.stat())
         except FileNotFoundError:
             return None
+
+    @classmethod
+    def of_open(cls, fd: int) -> Seen:
+        """Of an open file, wherever it is now."""
+        return cls._from(os.fstat(fd))
+
+    @classmethod
+    def _from(cls, found: os.stat_result) -> Seen:
         return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -91,6 +99,8 @@ class FlatStore:
         self._lock = threading.Lock()
         self._making: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self.on_made: Callable[[SnapshotRecord], object] = lambda record: None
+        # A snapshot's flat files are about to go, with the names of their devices.
+        self.on_gone: Callable[[str, list[str]], object] = lambda snapshot, devices: None
 
     def ensure(self, record: SnapshotRecord) -> Flat:
         """The flat files of a snapshot, made now where they are missing; verified either way."""
@@ -121,7 +131,37 @@ class FlatStore:
     def drop(self, snapshot: str) -> None:
         """Remove a snapshot's flat files, which no process maps."""
         with self.turn(snapshot):
+            self.going(snapshot)
             remove_tree(self._home.flat_of(snapshot))
+
+    def going(self, snapshot: str) -> None:
+        """Say that a snapshot's flat files are about to go, where there are any."""
+        known = self._known(snapshot)
+        if known is not None:
+            self.on_gone(snapshot, sorted(known.files))
+
+    @contextmanager
+    def opened(self, record: SnapshotRecord) -> Iterator[dict[str, int]]:
+        """Descriptors of a snapshot's flat files, by device, of those that are there and as they
+        were when every byte was verified. Nothing is made for it, and no blob is looked at.
+        """
+        with ExitStack() as scope:
+            known = self._known(record.id)
+            if known is None or known.boot_id != boot_id():
+                yield {}
+                return
+            sizes = {device.name: device.size_bytes for device in record.devices}
+            found: dict[str, int] = {}
+            for name, seen in known.files.items():
+                try:
+                    path = self._home.flat_of(record.id) / name
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                except OSError:
+                    continue
+                scope.callback(os.close, fd)
+                if Seen.of_open(fd) == seen and seen.size == sizes.get(name):
+                    found[name] = fd
+            yield found
 
     def verify_small(self, record: SnapshotRecord) -> None:
         """The manifest and the device state, whole, each time."""
@@ -137,20 +177,14 @@ class FlatStore:
 
     def _usable(self, record: SnapshotRecord) -> Flat | None:
         place = self._home.flat_of(record.id)
-        known_path = place / "flat.json"
-        if not known_path.exists():
+        if (known := self._known(record.id)) is None:
             return None
-        try:
-            known = msgspec.json.decode(known_path.read_bytes(), type=_Record)
-        except msgspec.DecodeError:
-            return None  # it was never synced: a crash of the host may have torn it
-        except FileNotFoundError:
-            return None  # it is being made again
         touched = any(Seen.of(place / name) != seen for name, seen in known.files.items())
         if touched or known.boot_id != boot_id():
             return None  # what was verified is not what is there: made again
         if (fresh := self._verify_touched(record, known)) is not known:
-            replace_file(known_path, msgspec.json.encode(fresh), self._home.tmp, sync=False)
+            data = msgspec.json.encode(fresh)
+            replace_file(place / "flat.json", data, self._home.tmp, sync=False)
         return Flat({name: place / name for name in known.files}, made=False)
 
     def of_this_boot(self, snapshot: str) -> bool:
@@ -158,12 +192,17 @@ class FlatStore:
 
         Others are never used: a crash of the host may have torn them.
         """
+        known = self._known(snapshot)
+        return known is not None and known.boot_id == boot_id()
+
+    def _known(self, snapshot: str) -> _Record | None:
+        """What was noted when they were made; None where that can't be read: it was never synced,
+        a crash of the host may have torn it, or they are being made again."""
         path = self._home.flat_of(snapshot) / "flat.json"
         try:
-            known = msgspec.json.decode(path.read_bytes(), type=_Record)
+            return msgspec.json.decode(path.read_bytes(), type=_Record)
         except (msgspec.DecodeError, FileNotFoundError):
-            return False
-        return known.boot_id == boot_id()
+            return None
 
     def _verify_touched(self, record: SnapshotRecord, known: _Record) -> _Record:
         """Read again, whole, every blob that is not as it was when the flat files were made."""
@@ -199,6 +238,7 @@ class FlatStore:
                 operation.progress(done, total, "flat files")
             self._remember(record, fresh)
             place = self._home.flat_of(record.id)
+            self.going(record.id)
             remove_tree(place)
             fresh.rename(place)
         finally:

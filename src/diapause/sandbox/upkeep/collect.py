@@ -96,7 +96,9 @@ class Gc(Verb):
     def do_move(self) -> None:
         """Out of everybody's reach, one after the other."""
         with self._alone, storage_errors("garbage", self.host.home.root):
-            for number, (_, paths) in enumerate(self.found.items):
+            for number, (item, paths) in enumerate(self.found.items):
+                if item.kind == "flat":
+                    self.host.flats.going(item.name)
                 for path in paths:
                     self._move(path, f"{number}-{path.name}")
 

@@ -82,7 +82,7 @@ class Repair(Verb):
         """Dropped, and made again where its snapshot is whole; not below a running guest."""
         place, record = self.host.home.flat_of(snapshot), self.host.catalog.snapshot(snapshot)
         held = world.held_inodes(self.host.driver.all_processes())
-        if held is None or world.inodes_in(place) & held:
+        if held is None or world.inodes_in(place) & held or self.host.ondemand.on_flats(snapshot):
             return None
         self.host.flats.drop(snapshot)
         if record is None:
