@@ -174,7 +174,8 @@ impl Handed {
             .fds
             .try_into()
             .map_err(|_| io::ErrorKind::InvalidData)?;
-        self.open_door(sandbox, &text.file, listener)
+        let watch = self.watch(sandbox, &text.file, Came::default())?;
+        self.open_door(&mut self.lock(), watch, listener)
     }
 
     /// Kills a VMM that can't be served any more, and lets go of it.
@@ -197,17 +198,27 @@ impl Handed {
         if !getsockopt(&listener, sockopt::AcceptConn).unwrap_or(false) {
             return Err("this is no socket that listens".to_owned());
         }
-        if let Some(seat) = self.lock().get_mut(sandbox) {
-            if seat.watch.file != file {
+        // Held to the end: who comes meanwhile waits to be admitted.
+        let mut seats = self.lock();
+        let before = match seats.get(sandbox) {
+            Some(seat) if seat.watch.file != file => {
                 return Err(format!("{sandbox} is served from {}", seat.watch.file));
             }
-            if seat.session.is_some() {
+            Some(Seat {
+                session: Some(id), ..
+            }) if self.is_served(*id) => {
                 return Ok(()); // it was asked again, and the VMM has come meanwhile
             }
-            if let Some(id) = seat.listener.take() {
-                self.uffd().map_err(words)?.stop_listening(id);
+            Some(Seat {
+                session: Some(_), ..
+            }) => {
+                seats.remove(sandbox); // of a VMM that is dead
+                self.drop_entries(sandbox);
+                None
             }
-        }
+            Some(seat) => Some((seat.watch.clone(), seat.listener)),
+            None => None,
+        };
         let text = DoorText {
             file: file.to_owned(),
             knocked: false,
@@ -217,20 +228,42 @@ impl Handed {
         self.keep
             .put(&key, &text, Some(vec![same]))
             .map_err(words)?;
-        self.open_door(sandbox, file, listener).map_err(words)
+        let (watch, old) = match before {
+            // Who came to the old socket is the one that is waited for at the new one.
+            Some((watch, old)) => (watch, old),
+            None => (
+                self.watch(sandbox, file, Came::default()).map_err(words)?,
+                None,
+            ),
+        };
+        if let Some(id) = old {
+            self.uffd().map_err(words)?.stop_listening(id);
+        }
+        self.open_door(&mut seats, watch, listener).map_err(words)
     }
 
-    fn open_door(&self, sandbox: &str, file: &str, listener: OwnedFd) -> io::Result<()> {
-        let watch = self.watch(sandbox, file, Came::default())?;
+    fn is_served(&self, session: u64) -> bool {
+        let uffd = self.uffd().ok();
+        let session = uffd.and_then(|uffd| uffd.session(session));
+        // One that was admitted this moment is not there yet: its process is.
+        session.is_none_or(|session| !session.vmm().process().ended(Duration::ZERO))
+    }
+
+    fn open_door(
+        &self,
+        seats: &mut HashMap<String, Seat>,
+        watch: Arc<Watch>,
+        listener: OwnedFd,
+    ) -> io::Result<()> {
         let host = Arc::new(Door(watch.clone()));
-        let mut seats = self.lock();
         let id = self.uffd()?.listen(UnixListener::from(listener), host)?;
+        let sandbox = watch.sandbox.clone();
         let seat = Seat {
             watch,
             listener: Some(id),
             session: None,
         };
-        seats.insert(sandbox.to_owned(), seat);
+        seats.insert(sandbox, seat);
         Ok(())
     }
 
@@ -239,9 +272,16 @@ impl Handed {
     /// # Errors
     /// It can't be ended, and is served on.
     pub fn leave(&self, sandbox: &str) -> Result<(), String> {
-        let (listener, session) = match self.lock().get_mut(sandbox) {
-            None => return Ok(()),
-            Some(seat) => (seat.listener.take(), seat.session),
+        let (listener, session) = {
+            let mut seats = self.lock();
+            let Some(seat) = seats.get_mut(sandbox) else {
+                return Ok(());
+            };
+            let found = (seat.listener.take(), seat.session);
+            if found.1.is_none() {
+                seats.remove(sandbox); // who comes now is not admitted
+            }
+            found
         };
         let uffd = self.uffd().map_err(|error| error.to_string())?;
         if let Some(id) = listener {
@@ -268,7 +308,13 @@ impl Handed {
         };
         let state = session.and_then(|id| self.uffd().ok()?.state(id));
         Some(match state {
-            None => serde_json::json!({ "came": session.is_some() }),
+            None => {
+                let knocked = self.keep.with(|kept| {
+                    let door = kept.get(&format!("door/{sandbox}"));
+                    door.is_some_and(|door| door.value["knocked"] == true)
+                });
+                serde_json::json!({ "came": session.is_some(), "knocked": knocked })
+            }
             Some(state) => serde_json::json!({
                 "came": true, "pages": state.pages, "filled_pages": state.filled_pages,
                 "removed_pages": state.removed_pages, "waiting": state.waiting,
@@ -355,11 +401,16 @@ impl Handed {
         let seat = seat.filter(|seat| Arc::ptr_eq(&seat.watch, watch) && seat.session.is_none());
         let seat = seat.ok_or_else(|| io::Error::other("nobody is waited for"))?;
         let client = self.server.clients.get(&watch.sandbox);
-        let announced = client.ok_or(io::ErrorKind::NotFound)?.text().pid;
+        let client = client.ok_or(io::ErrorKind::NotFound)?;
+        let announced = client.text().pid;
         let vmm = Process::from(keep.vmm.try_clone_to_owned()?);
         let pid = vmm.pid()?;
         if pid != announced {
             let cause = format!("it is process {pid}, and {announced} was announced");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, cause));
+        }
+        if client.has_ended() {
+            let cause = format!("the process {announced} that was announced is gone");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, cause));
         }
         let stream = keep.stream.ok_or(io::ErrorKind::NotConnected)?;
@@ -379,6 +430,24 @@ impl Handed {
         seat.session = Some(id);
         let _ = self.chores.send((watch.clone(), Chore::Came));
         Ok(watch.guest())
+    }
+
+    /// All who knocked were sent away: nothing of the VMM was lost.
+    fn wait_on(&self, watch: &Arc<Watch>) {
+        let seats = self.lock();
+        let seat = seats.get(&watch.sandbox);
+        let waits = |seat: &&Seat| Arc::ptr_eq(&seat.watch, watch) && seat.session.is_none();
+        if seat.filter(waits).is_none() {
+            return;
+        }
+        let text = DoorText {
+            file: watch.file.clone(),
+            knocked: false,
+        };
+        let key = format!("door/{}", watch.sandbox);
+        if let Err(error) = self.keep.put(&key, &text, None) {
+            eprintln!("{}: {error}", watch.sandbox);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Seat>> {
@@ -532,6 +601,12 @@ impl Host for Door {
 
     fn refused(&self, pid: i32, why: &Refusal) {
         eprintln!("{}: process {pid} is refused: {why}", self.0.sandbox);
+    }
+
+    fn deserted(&self) {
+        if let Ok(handed) = self.handed() {
+            handed.wait_on(&self.0);
+        }
     }
 }
 

@@ -117,6 +117,7 @@ impl Keep {
     }
 
     fn change(&self, word: &Word, fds: Vec<OwnedFd>) -> io::Result<()> {
+        packet::check(word, fds.len())?; // what can't be sent could never be given to a successor
         let mut state = self.lock();
         let sent = fds
             .iter()

@@ -41,15 +41,7 @@ impl Packet {
 /// # Errors
 /// What the kernel says; also where it is too large.
 pub fn send(to: BorrowedFd<'_>, what: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let text = serde_json::to_vec(what).map_err(invalid)?;
-    if text.len() > PACKET_BYTES_MAX || fds.len() > PACKET_FDS_MAX {
-        let size = format!(
-            "a packet of {} bytes, {} descriptors",
-            text.len(),
-            fds.len()
-        );
-        return Err(invalid(size));
-    }
+    let text = text_of(what, fds.len())?;
     let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
     let control = if numbers.is_empty() { &[][..] } else { &rights };
@@ -61,6 +53,23 @@ pub fn send(to: BorrowedFd<'_>, what: &impl Serialize, fds: &[BorrowedFd<'_>]) -
             Ok(_) => return Ok(()),
         }
     }
+}
+
+/// Whether something can be sent.
+///
+/// # Errors
+/// Where it is too large.
+pub fn check(what: &impl Serialize, fds: usize) -> io::Result<()> {
+    text_of(what, fds).map(drop)
+}
+
+fn text_of(what: &impl Serialize, fds: usize) -> io::Result<Vec<u8>> {
+    let text = serde_json::to_vec(what).map_err(invalid)?;
+    if text.len() > PACKET_BYTES_MAX || fds > PACKET_FDS_MAX {
+        let size = format!("a packet of {} bytes, {fds} descriptors", text.len());
+        return Err(invalid(size));
+    }
+    Ok(text)
 }
 
 /// Receives one packet; None at the end of the stream.

@@ -138,7 +138,10 @@ fn a_socket_outlives_the_pager_that_listened() {
     let pid = client.child.id();
     pair.listen("one", "one.memory", pid, &listener).unwrap();
     end(pair.pids().0);
-    assert_eq!(pair.seen("one")["uffd"], json!({"came": false}));
+    assert_eq!(
+        pair.seen("one")["uffd"],
+        json!({"came": false, "knocked": false})
+    );
     // It is announced again by whoever did not hear the answer.
     pair.listen("one", "one.memory", pid, &listener).unwrap();
     client.say("connect");

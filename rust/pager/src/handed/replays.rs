@@ -29,12 +29,17 @@ impl Handed {
             trace: trace.to_owned(),
             budget_bytes,
         };
-        let kept = self
-            .keep
-            .put(&format!("ahead/{sandbox}"), &text, Some(Vec::new()));
-        kept.map_err(|error| error.to_string())?;
-        // Who comes from now on finds it there.
-        if let (watch, Some(session)) = self.seat(sandbox, file)? {
+        let session = {
+            let seats = self.lock();
+            let seat = seats.get(sandbox);
+            let seat = seat.filter(|seat| Arc::ptr_eq(&seat.watch, &watch));
+            let seat = seat.ok_or_else(|| format!("{sandbox} has ended"))?;
+            let key = format!("ahead/{sandbox}");
+            let kept = self.keep.put(&key, &text, Some(Vec::new()));
+            kept.map_err(|error| error.to_string())?;
+            seat.session // who comes from now on finds it there
+        };
+        if let Some(session) = session {
             self.replay(&watch, session, &found, budget_bytes)?;
         }
         Ok(planned_bytes(&found, budget_bytes))

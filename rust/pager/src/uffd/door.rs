@@ -27,10 +27,14 @@ pub fn tend(crew: &Arc<Crew>) {
         // A fault in here costs the peers that are in their handshake, nobody else.
         let stepped = catch_unwind(AssertUnwindSafe(|| {
             let mut peers = std::mem::take(&mut pending);
+            let mut hosts: Vec<_> = peers.iter().map(|peer| peer.host().clone()).collect();
             for (listener, host) in ready.iter().map(|&number| &listeners[number]) {
                 greet(crew, listener, host, &mut peers);
+                hosts.push(host.clone());
             }
-            advance(crew, peers)
+            let left = advance(crew, peers);
+            tell_deserted(hosts, &left);
+            left
         }));
         pending = stepped.unwrap_or_default();
         next = crew.watch();
@@ -57,6 +61,17 @@ fn wait(
     }
     let ready = |number: &usize| fds[number + 1].any().unwrap_or(false);
     (0..listeners.len()).filter(ready).collect()
+}
+
+/// Tells hosts that had peers, or were about to, and have none.
+fn tell_deserted(mut hosts: Vec<Arc<dyn Host>>, peers: &[Pending]) {
+    let same = |one: &Arc<dyn Host>, other: &Arc<dyn Host>| Arc::ptr_eq(one, other);
+    while let Some(host) = hosts.pop() {
+        hosts.retain(|other| !same(&host, other));
+        if !peers.iter().any(|peer| same(&host, peer.host())) {
+            host.deserted();
+        }
+    }
 }
 
 /// Takes in who has connected.

@@ -239,6 +239,9 @@ pub trait Host: fmt::Debug + Send + Sync {
     /// Where it is not to be served: it is killed then.
     fn admitted(&self, id: u64, keep: &Keep<'_>) -> io::Result<Guest>;
 
+    /// Nobody who knocked is in his handshake any more.
+    fn deserted(&self) {}
+
     /// A handshake was refused. A peer that sent a userfaultfd is being killed: its memory would
     /// read as zeros else.
     fn refused(&self, _pid: i32, _why: &Refusal) {}
