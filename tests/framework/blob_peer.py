@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-Mode = Literal["there", "closed", "silent", "failing"]
+Mode = Literal["there", "slow", "closed", "cut", "wrong", "silent", "failing"]
 SILENT_S = 600.0
+SLOW_S = 0.03
 
 
 class BlobPeer(ThreadingHTTPServer):
-    """Answers as its mode says: with bytes, with a closed connection, not at all, with 503."""
+    """Answers as its mode says: with bytes, with the same late, with a closed connection, with half
+    of the bytes, with other bytes, not at all, with 503."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -48,9 +51,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         changed = self.server.changed
-        match self.server.mode:
-            case "there":
-                return self._send()
+        mode = self.server.mode
+        match mode:
+            case "there" | "cut" | "wrong":
+                return self._send(mode)
+            case "slow":
+                time.sleep(SLOW_S)
+                return self._send(mode)
             case "silent":
                 changed.wait(SILENT_S)
             case "failing":
@@ -58,23 +65,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         return None
 
-    def _send(self) -> None:
+    def _send(self, mode: Mode) -> None:
         directory = self.server.directory
         path = directory / Path(self.path).name if directory is not None else None
         if path is None or not path.is_file():
             return self._status(404)
         data = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"])
-        assert asked is not None, self.headers["Range"]
-        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        first, last = self._range(len(data))
         part = data[first : last + 1]
+        if mode == "wrong":
+            part = bytes(byte ^ 1 for byte in part)
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
+        if mode == "cut":
+            self.wfile.write(part[: len(part) // 2])
+            self.close_connection = True
+            return None
         self.wfile.write(part)
         self.server.served += 1
         return None
+
+    def _range(self, size: int) -> tuple[int, int]:
+        """First and last byte that were asked for, by their places or from the end."""
+        asked = re.fullmatch(r"bytes=(\d*)-(\d+)", self.headers["Range"])
+        assert asked is not None, self.headers["Range"]
+        if not asked[1]:
+            return max(0, size - int(asked[2])), size - 1
+        return int(asked[1]), min(int(asked[2]), size - 1)
 
     def _status(self, status: int) -> None:
         self.send_response(status)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,15 @@ import pytest
 from diapause.catalog import SnapshotRecord
 from diapause.pager.client import Pager
 from diapause.sandbox.host import Host
+from tests.framework.blob_peer import BlobPeer, Mode, blob_peer
 from tests.framework.fake_home import eventually
+from tests.framework.pagers import spec
 
 ROOT = Path(__file__).parents[2]
 CLIENTS, STEPS = 3, 60
 WAIT_S, BOUND_S = 60.0, 400.0
+OUTAGES: tuple[Mode, ...] = ("slow", "failing", "cut", "silent", "wrong", "closed")
+OUTAGE_S_MAX = 2.0  # of the pager's 10
 SWEEP = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -127,6 +133,41 @@ def test_they_hold_them_while_the_source_is_damaged_and_mended(
         eventually("its end", lambda: not stalled(pager), WAIT_S)
     all_right(processes)
     assert sweeper.poll() is None, sweeper.communicate(timeout=WAIT_S)
+
+
+def test_they_hold_them_over_a_source_that_is_slow_fails_lies_and_comes_back(
+    host: Host, pager: Pager, record: SnapshotRecord, clients: Clients
+) -> None:
+    """Each for less than the bound: whoever reads waits, and nobody is given a wrong byte. The
+    pager is killed each time as well, for what it has decoded it need not fetch."""
+    dice = random.Random(7)
+    with blob_peer() as peer:
+        peer.directory = host.home.builds
+        for device in record.devices:
+            there = spec(host, record, device.name)
+            there["blobs"] = {"kind": "http", "url": peer.url}
+            pager.put(f"{record.id}.{device.name}", there)
+        sweeper = clients.start("memory", "-c", SWEEP)
+        pidfd = os.pidfd_open(sweeper.pid)
+        pager.attach("sweeper", pager.names(), pidfd)
+        os.close(pidfd)
+        processes = clients.models()
+        for mode in (*OUTAGES, *OUTAGES):
+            peer.become(mode)
+            dead = pager.pair(start=False).pid
+            os.kill(dead, signal.SIGKILL)
+            eventually("another pager", partial(replaced, pager, dead), WAIT_S)
+            time.sleep(dice.uniform(0.1, OUTAGE_S_MAX))
+            served = peer.served
+            peer.become("there")
+            eventually("bytes", partial(more_than, peer, served), WAIT_S)
+            eventually("its end", lambda: not stalled(pager), WAIT_S)
+        all_right(processes)
+        assert sweeper.poll() is None, sweeper.communicate(timeout=WAIT_S)
+
+
+def more_than(peer: BlobPeer, served: int) -> bool:
+    return peer.served > served
 
 
 def stalled(pager: Pager) -> bool:
