@@ -136,8 +136,10 @@ def test_a_flat_file_goes_only_when_nobody_runs_on_it(ondemand: Daemon, sleeper:
         assert place.exists()
         assert daemon.client.check(CheckRequest()).damage == []
         flip(place / "memory")
-        daemon.client.check(CheckRequest(repair=True))
-        assert place.exists()
+        before = (place / "memory").stat().st_ino
+        [damage] = daemon.client.check(CheckRequest(repair=True)).damage
+        assert (damage.blob, damage.repaired) == (f"flat/{snapshot}/memory", None)
+        assert (place / "memory").stat().st_ino == before
         flip(place / "memory")
         assert fork.digests() == digests
     assert (snapshot, "flat") in collected(daemon)
