@@ -11,6 +11,7 @@ use diapause_format::{
     build_head, hex, BuildRef, BuildTable, Digest, FormatError, FOOTER_LEN, FRAME_PAGES, HEAD_LEN,
 };
 
+use crate::bears::Bears;
 use crate::blobs::{Blob, BlobError, BlobSource, Medium, Opened};
 use crate::flight::{Claim, Flights, Missed, Waiter};
 use crate::workers::{Job, Workers};
@@ -23,6 +24,8 @@ pub use crate::frames::{Frame, Frames};
 pub const WAIT_MAX: Duration = Duration::from_secs(2);
 /// Reads of one medium with latency that are answered at once by threads of their own.
 pub const READERS_MAX: usize = 64;
+/// Requests at once of one medium for what is brought ahead: some are left to reads of guests.
+pub(crate) const AHEAD_MAX: usize = 24;
 /// Bytes of a frame's entry in a build's table.
 const ENTRY_BYTES: u64 = 32;
 
@@ -89,6 +92,7 @@ pub struct Builds {
     pub(crate) frames: Arc<Frames>,
     pub(crate) workers: Workers,
     readers: Workers,
+    pub(crate) bears: Bears,
     pub(crate) wait_max: Duration,
 }
 
@@ -100,6 +104,7 @@ impl Builds {
         Self {
             workers: Workers::new(source.medium().parallel),
             readers: Workers::new(READERS_MAX),
+            bears: Bears::new(AHEAD_MAX.min(source.medium().parallel)),
             source,
             open: Arc::default(),
             opening: Flights::default(),

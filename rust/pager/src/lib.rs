@@ -13,6 +13,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod ahead;
+mod bears;
 pub mod blobs;
 pub mod build;
 pub mod clients;

@@ -15,7 +15,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use crate::ahead::{self, Span};
-use crate::build::Unreadable;
+use crate::build::{Unreadable, AHEAD_MAX};
 use crate::device::{Device, Part};
 use crate::nodes::Node;
 use crate::server::{slices, Server};
@@ -29,20 +29,16 @@ struct Pace {
     /// Granules of a trace that are sorted by their place before they are read: their order among
     /// themselves matters less than reads that are whole.
     sorted: usize,
-    /// Pieces of one file that are under way at once.
-    at_once: usize,
 }
 
 const LOCAL: Pace = Pace {
     piece: 1 << 20,
     sorted: 64,
-    at_once: 1,
 };
-/// Pieces are made requests of by where they are stored; some requests are left to reads of guests.
+/// Pieces are made requests of by where they are stored.
 const REMOTE: Pace = Pace {
     piece: 4 << 20,
     sorted: 1024,
-    at_once: 24,
 };
 /// Bytes and slices that are stored at once: the kernel takes 1,024 slices.
 const STORED_BYTES: usize = 1 << 20;
@@ -57,7 +53,7 @@ const YIELD_STEP: Duration = Duration::from_micros(100);
 
 /// One kind of medium does not wait for the other.
 static LOCAL_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(LOCAL_AT_ONCE));
-static REMOTE_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(REMOTE.at_once));
+static REMOTE_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::new(AHEAD_MAX));
 
 /// One file that is being brought.
 struct Job {
@@ -66,6 +62,8 @@ struct Job {
     device: Arc<Device>,
     todo: Vec<Todo>,
     next: AtomicUsize,
+    /// Threads that are at it.
+    at_it: AtomicUsize,
 }
 
 /// What is brought at once.
@@ -101,14 +99,14 @@ pub fn begin(
     if device.has_latency() {
         // Builds are opened over it: whoever asks for this does not wait for that.
         REMOTE_WORKERS.run(Box::new(move || match spread(&device, &pieces) {
-            Ok(todo) => Job::new(server, node, device, todo).start(&REMOTE_WORKERS, &pace),
+            Ok(todo) => Job::new(server, node, device, todo).start(),
             Err(error) => given_up(&node, &error.into()),
         }));
     } else {
         let todo = pieces
             .into_iter()
             .map(|(at, length)| Todo::Piece(at, length));
-        Job::new(server, node, device, todo.collect()).start(&LOCAL_WORKERS, &pace);
+        Job::new(server, node, device, todo.collect()).start();
     }
     Ok(bytes)
 }
@@ -161,29 +159,68 @@ impl Job {
             device,
             todo,
             next: AtomicUsize::new(0),
+            at_it: AtomicUsize::new(0),
         }
     }
 
-    fn start(self, workers: &Workers, pace: &Pace) {
-        let job = Arc::new(self);
-        for _ in 0..pace.at_once.min(job.todo.len()) {
-            let job = job.clone();
+    fn start(self) {
+        Arc::new(self).join();
+    }
+
+    /// How many threads may be at it now.
+    fn at_once(&self) -> usize {
+        match self.device.has_latency() {
+            true => self.device.builds().bears.now(),
+            false => 1,
+        }
+    }
+
+    /// Has as many threads at it as may be, and have something to do.
+    fn join(self: &Arc<Self>) {
+        let left = self
+            .todo
+            .len()
+            .saturating_sub(self.next.load(Ordering::Relaxed));
+        let most = self.at_once();
+        for _ in 0..left {
+            if self.at_it.fetch_add(1, Ordering::Relaxed) >= most {
+                self.at_it.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
+            let job = self.clone();
+            let workers = match self.device.has_latency() {
+                true => &REMOTE_WORKERS,
+                false => &LOCAL_WORKERS,
+            };
             workers.run(Box::new(move || job.run()));
         }
     }
 
-    fn run(&self) {
-        loop {
+    /// Takes a thread away where more are at it than may be: never the last.
+    fn leave(&self) -> bool {
+        let most = self.at_once();
+        let fewer = |now: usize| (now > most).then(|| now - 1);
+        let relaxed = Ordering::Relaxed;
+        self.at_it.fetch_update(relaxed, relaxed, fewer).is_ok()
+    }
+
+    fn run(self: &Arc<Self>) {
+        while !self.leave() {
             let at = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(todo) = self.todo.get(at) else {
+                self.at_it.fetch_sub(1, Ordering::Relaxed);
                 return;
             };
             if !self.device.has_latency() {
                 self.step_aside();
             }
+            let began = Instant::now();
             if let Err(error) = self.bring(todo) {
                 given_up(&self.node, &error);
                 self.next.fetch_add(self.todo.len(), Ordering::Relaxed);
+            } else if let Todo::Span(_) = todo {
+                self.device.builds().bears.answered(began.elapsed());
+                self.join();
             }
         }
     }
@@ -244,7 +281,6 @@ mod tests {
     const PACE: Pace = Pace {
         piece: 2 * GRANULE,
         sorted: 4,
-        at_once: 1,
     };
 
     fn node(size_bytes: u64) -> Arc<Node> {

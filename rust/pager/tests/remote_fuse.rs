@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -158,6 +159,24 @@ fn what_is_brought_ahead_is_asked_for_once_and_in_large_pieces() {
     mounted.bring(&world, "memory");
     // The table, and 375 frames by 32.
     assert_eq!(peer.requests().len(), 1 + 12, "{:?}", peer.requests());
+    assert!(fs::read(mounted.path("memory")).unwrap() == world.expected);
+}
+
+#[test]
+fn a_peer_that_is_late_is_asked_for_less_at_once_and_for_all_of_it() {
+    let world = World::straight(pages(6000, &mut Dice::new(5)));
+    let (peer, spec) = far(&world);
+    // The first six of the twelve; the others find that only few may be at it.
+    let late = Duration::from_millis(1200);
+    peer.act(move |request, _| match request {
+        1..=6 => Act::Slow(late),
+        _ => Act::Serve,
+    });
+    let open = Open::waiting_at_most(LONG);
+    let mounted = Mounted::with(&[("memory", &spec)], LONG, open);
+    mounted.bring(&world, "memory");
+    let ranges: HashSet<String> = peer.requests().into_iter().map(|r| r.1).collect();
+    assert_eq!(ranges.len(), 1 + 12, "{ranges:?}");
     assert!(fs::read(mounted.path("memory")).unwrap() == world.expected);
 }
 
