@@ -108,10 +108,17 @@ class Subject:
         """A pause, packed when this returns."""
         return self._packed(self.engine.pause(self.sandbox, CaptureRequest(durability="process")))
 
-    def resume(self, mode: Literal["ondemand", "copy"]) -> ResumeAnswer:
-        """Resume; what is to be copied lies in a flat file already."""
-        if mode == "copy":
-            self.engine.host.flats.ensure(self.snapshot())
+    def resume(self, how: Literal["ondemand", "passed", "copy"]) -> ResumeAnswer:
+        """Resume; what is to be copied or passed through lies in a flat file already.
+
+        On demand there is none: what is passed through is not the pager's doing.
+        """
+        flats = self.engine.host.flats
+        if how == "ondemand":
+            flats.drop(self.snapshot().id)
+        else:
+            flats.ensure(self.snapshot())
+        mode: Literal["ondemand", "copy"] = "copy" if how == "copy" else "ondemand"
         return self.engine.resume(self.sandbox, ResumeRequest(memory_mode=mode))
 
     def snapshot(self) -> SnapshotRecord:

@@ -49,7 +49,7 @@ def measure(trial: Engine, rounds: int) -> tuple[list[BenchRow], list[str]]:
             if number == 1:
                 compared = files.compare()
             files.measure(figures, number)
-            _afresh(guest)
+            _passed(trial, guest, figures)
     guest.remove()
     notes = [f"pager: {format_size(compared)} of a served file are what the flat file has"]
     return rows("pager", [*_LINES, *_read_lines(figures), *_FILE_LINES], figures), notes
@@ -78,24 +78,33 @@ def _copied(guest: Subject, figures: Figures) -> None:
     guest.pause()
 
 
-def _afresh(guest: Subject) -> None:
-    """Another snapshot for the next round: of this one's file much was read by now, and counted."""
-    guest.resume("copy")
+def _passed(trial: Engine, guest: Subject, figures: Figures) -> None:
+    """With a flat file behind the served one, where this host passes it through.
+
+    It leaves another snapshot to the next round: of this one's file much was read, and counted.
+    """
+    ready_ms = guest.resume("passed").ready_ms
+    if any(file.get("passthrough") for file in _memory(trial, guest)):
+        figures.add("ready passed", ready_ms)
+        figures.add("work passed", timed_ms(lambda: guest.sh(_WORK)))
     guest.pause()
     guest.forget_older()
 
 
+def _memory(trial: Engine, guest: Subject) -> list[dict[str, Any]]:
+    """What `inspect` has of the guest's served memory."""
+    files = (trial.inspect(guest.sandbox).served or {}).get("files", [])
+    return [file for file in files if file["name"].endswith(".memory")]
+
+
 def _served(trial: Engine, guest: Subject, figures: Figures, how: str) -> None:
     """What the pager itself counted of the guest's memory until now, as `inspect` has it."""
-    served: dict[str, Any] = trial.inspect(guest.sandbox).served or {}
-    for file in served.get("files", []):
-        if not file["name"].endswith(".memory"):
-            continue
+    for file in _memory(trial, guest):
         for origin, reads in file["seen"]["reads"].items():
             if reads["count"]:
                 for what in ("count", "p50_us", "p99_us"):
                     figures.add(f"{what} {origin} {how}", reads[what])
-    prefetch = served.get("prefetch")
+    prefetch = (trial.inspect(guest.sandbox).served or {}).get("prefetch")
     if how == "traced" and prefetch and not prefetch["late"]:
         figures.add("brought", prefetch["prefetched_pages"])
         figures.add("used", prefetch["used_pages"])
@@ -111,9 +120,11 @@ def _files(trial: Engine, guest: Subject) -> Files:
 _LINES = (
     Line("resume on demand, without a trace", "ms", "ready without", "ready copied", _FLAT),
     Line("resume on demand, with a trace", "ms", "ready traced", "ready copied", _FLAT),
+    Line("resume on demand, passed through", "ms", "ready passed", "ready copied", _FLAT),
     Line(f"{_WORDS}, without a trace", "ms", "work without", "work copied", "on copied memory"),
     Line(f"{_WORDS}, with a trace", "ms", "work traced", "work without", _WITHOUT),
     Line(f"{_WORDS}, with a trace", "ms", "work traced", "work copied", "on copied memory"),
+    Line(f"{_WORDS}, passed through", "ms", "work passed", "work copied", "on copied memory"),
     Line("brought ahead of the guest", "pages", "brought"),
     Line("and touched by it", "pages", "used", "brought", "brought ahead"),
 )
