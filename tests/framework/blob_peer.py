@@ -26,7 +26,7 @@ class BlobPeer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.directory: Path | None = None  # nothing is there before it is said where
-        self.served = 0  # requests that were answered with bytes
+        self.served = 0  # requests that were answered with right bytes
         self.mode: Mode = "there"
         self.changed = threading.Event()
 
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         self.wfile.write(part)
-        self.server.served += 1
+        self.server.served += mode != "wrong"
         return None
 
     def _range(self, size: int) -> tuple[int, int]:

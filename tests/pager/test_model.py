@@ -154,11 +154,11 @@ def test_they_hold_them_over_a_source_that_is_slow_fails_lies_and_comes_back(
         processes = clients.models()
         for mode in (*OUTAGES, *OUTAGES):
             peer.become(mode)
+            served = peer.served
             dead = pager.pair(start=False).pid
             os.kill(dead, signal.SIGKILL)
             eventually("another pager", partial(replaced, pager, dead), WAIT_S)
             time.sleep(dice.uniform(0.1, OUTAGE_S_MAX))
-            served = peer.served
             peer.become("there")
             eventually("bytes", partial(more_than, peer, served), WAIT_S)
             eventually("its end", lambda: not stalled(pager), WAIT_S)
