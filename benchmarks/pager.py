@@ -90,7 +90,7 @@ def _sequential() -> list[Row]:
     raw = figure("the pager", "raw", "pager"), figure("a bare FUSE server", "raw", "bare")
     packed = (
         figure("the pager", "compressed", "pager"),
-        figure("zstd on all processors, no FUSE", "compressed", "zstd"),
+        figure("zstd on as many threads, no FUSE", "compressed", "zstd"),
     )
     return [
         Row("sequential read, frames as they are", *raw, 1 / 0.9),

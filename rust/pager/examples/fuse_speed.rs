@@ -7,7 +7,8 @@
 //!
 //! - `pager`: the pager's server over the build.
 //! - `bare`: PEER (`benchmarks/peers/fuse_loop.c`) over the same bytes in a flat file.
-//! - `zstd`: no FUSE: the compressed frames decoded by as many threads as there are processors.
+//! - `zstd`: no FUSE: the compressed frames decoded by as many threads as the pager answers READs
+//!   with, or as there are processors.
 //!
 //! `fuse_speed serve SPEC DESCRIPTORS…` is the process that serves.
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -29,7 +30,7 @@ use cases::{make, noise, words, Case};
 use diapause_format::FRAME_BYTES;
 use diapause_pager::clients::Clients;
 use diapause_pager::frames::bound_malloc;
-use diapause_pager::fuse::Fuse;
+use diapause_pager::fuse::{Fuse, READERS};
 use diapause_pager::nodes::Nodes;
 use diapause_pager::server::{Keeps, Server};
 use diapause_pager::spec::DeviceSpec;
@@ -207,7 +208,8 @@ fn main() {
     }
     let mut number = |default: u32| arguments.next().map_or(default, |n| n.parse().unwrap());
     let (mib, rounds, readahead_kib) = (number(512), number(5), number(1024));
-    let threads = std::thread::available_parallelism().unwrap().get();
+    let there = std::thread::available_parallelism().unwrap().get();
+    let threads = there.min(READERS); // as many as answer READs
     let directory = tempfile::tempdir().unwrap();
     for (name, page) in [
         ("raw", noise as fn(u64, &mut Vec<u8>)),

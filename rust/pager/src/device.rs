@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -13,7 +14,7 @@ use diapause_format::{
 };
 
 use crate::build::{Build, Builds, Frame, Unreadable};
-use crate::fetch::{Got, Wanted, BATCH_FRAMES};
+use crate::fetch::{Asked, Got, Wanted, BATCH_FRAMES};
 use crate::frames::Pages;
 use crate::spec::{CaptureSpec, DeviceSpec};
 
@@ -191,6 +192,42 @@ impl Device {
             }
         }
         places
+    }
+
+    /// Has the frames of these bytes fetched, and does not wait for them: whoever reads them soon
+    /// finds them kept or on their way. Of a part that is in very many places only the first are.
+    /// Returns the bytes of those that were not there.
+    ///
+    /// # Errors
+    /// A build can't be opened.
+    pub fn ask_ahead(&self, bytes: Range<u64>) -> Result<u64, Unreadable> {
+        let length = bytes.end.saturating_sub(bytes.start);
+        let places = self.places(bytes.start, length, &mut Vec::new());
+        let mut frames: Vec<(u32, u64)> = places.iter().map(|at| (at.build, at.frame)).collect();
+        frames.dedup();
+        frames.truncate(2 * (length / FRAME) as usize + 2);
+        let mut coming = 0;
+        for some in frames.chunks(BATCH_FRAMES) {
+            let asked = self.builds.ask(&self.wanted(some)?, false);
+            let new = asked.iter().filter(|one| matches!(one, Asked::Coming(_)));
+            coming += new.count() as u64 * FRAME;
+        }
+        Ok(coming)
+    }
+
+    /// Keeps no longer the frames that end within these bytes: whoever reads on does not come back.
+    pub fn let_go(&self, bytes: Range<u64>) {
+        let length = bytes.end.saturating_sub(bytes.start);
+        let places = self.places(bytes.start, length, &mut Vec::new());
+        let frames: Vec<(u32, u64)> = places.iter().map(|at| (at.build, at.frame)).collect();
+        let Ok(wanted) = self.wanted(&frames) else {
+            return; // what can't be opened again keeps what it has until others need the place
+        };
+        for (place, (build, number)) in places.iter().zip(&wanted) {
+            if place.from + place.length == build.table().frame_bytes(*number) {
+                self.builds.frames.let_go((build.number, *number));
+            }
+        }
     }
 
     /// Builds by their numbers, all opened at once, in their order.

@@ -183,6 +183,11 @@ impl Frames {
         self.under_way.claim(key, || self.kept.get(&key))
     }
 
+    /// Keeps a frame no longer.
+    pub(crate) fn let_go(&self, key: Key) {
+        self.kept.remove(&key);
+    }
+
     /// Keeps a frame; before its flight lands.
     pub(crate) fn keep(&self, key: Key, frame: &Frame) {
         self.kept.insert(key, frame.clone());

@@ -37,6 +37,7 @@ pub mod passed;
 pub mod prefetch;
 pub mod process;
 pub mod replay;
+pub mod runs;
 pub mod seen;
 pub mod server;
 pub mod service;

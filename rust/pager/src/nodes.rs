@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::build::{Builds, Frames, Unreadable, WAIT_MAX};
 use crate::device::Device;
 use crate::given::Given;
+use crate::runs::Streams;
 use crate::spec::{BlobsSpec, DeviceSpec};
 use crate::wire::ROOT;
 
@@ -61,6 +62,7 @@ pub struct Node {
     device: Mutex<Option<Arc<Device>>>,
     given: Mutex<Given>,
     passed: Mutex<Option<Passed>>,
+    streams: Mutex<Streams>,
 }
 
 impl Node {
@@ -105,6 +107,11 @@ impl Node {
     pub fn close(&self) {
         *self.device.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.with_given(|given| *given = Given::default());
+    }
+
+    /// Looks at who reads it from first to last.
+    pub fn with_streams<T>(&self, look: impl FnOnce(&mut Streams) -> T) -> T {
+        look(&mut self.streams.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Looks at what the kernel was given of it.
@@ -273,6 +280,7 @@ impl Tables {
             device: Mutex::new(None),
             given: Mutex::new(given),
             passed: Mutex::default(),
+            streams: Mutex::default(),
         });
         self.by_number.insert(node.number, node.clone());
         self.by_name.insert(name, node);

@@ -68,6 +68,8 @@ pub struct FileSeen {
     pub stalls: u64,
     /// Bytes that the kernel was given before it asked for them.
     pub stored_bytes: u64,
+    /// Bytes of frames that were asked for ahead of whoever reads it from first to last.
+    pub ahead_bytes: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -76,6 +78,7 @@ struct File {
     stalls: u64,
     stored_bytes: u64,
     used_bytes: u64,
+    ahead_bytes: u64,
 }
 
 /// All that was counted.
@@ -125,6 +128,11 @@ impl Seen {
         self.change(file, |of| of.used_bytes += bytes);
     }
 
+    /// Frames were asked for ahead.
+    pub fn ahead(&self, file: &str, bytes: u64) {
+        self.change(file, |of| of.ahead_bytes += bytes);
+    }
+
     /// What was counted of a file.
     pub fn of(&self, file: &str) -> FileSeen {
         let counts = self.lock();
@@ -139,6 +147,7 @@ impl Seen {
             reads: reads.collect(),
             stalls: of.stalls,
             stored_bytes: of.stored_bytes,
+            ahead_bytes: of.ahead_bytes,
         }
     }
 

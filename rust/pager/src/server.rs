@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::build::Unreadable;
 use crate::clients::{is_dying, Cause, Client, Clients};
-use crate::device::Part;
+use crate::device::{Device, Part};
 use crate::fuse::{Buffer, Fuse};
 use crate::held::{Held, HeldRead, AGAIN};
 use crate::nodes::{Node, Nodes, Open, Passed};
+use crate::runs::share;
 use crate::seen::Seen;
 use crate::wire::{self, Attributes, Call, Init, Request, ROOT};
 
@@ -278,6 +279,7 @@ impl Server {
     ) -> Result<(), Unreadable> {
         parts.clear();
         let device = node.device(&self.open)?;
+        let flows = self.read_ahead(node, &device, read);
         let origin = device.read(read.offset, read.size, parts)?;
         self.reply(read.end, read.unique, &slices(parts));
         let bytes = parts.iter().map(Part::len).sum::<usize>() as u64;
@@ -285,7 +287,29 @@ impl Server {
             .served(&node.name, origin, bytes, read.since.elapsed());
         node.with_given(|given| given.read(read.offset, bytes));
         parts.clear(); // frames are let go of
+        if flows {
+            device.let_go(read.offset..read.offset + bytes);
+        }
         Ok(())
+    }
+
+    /// Whether a read over a medium with latency is one of many that follow each other; what comes
+    /// after it is asked for then.
+    fn read_ahead(&self, node: &Node, device: &Device, read: &HeldRead) -> bool {
+        if !device.has_latency() {
+            return false;
+        }
+        let (offset, size) = (read.offset, read.size as u64);
+        let noted = node.with_streams(|runs| runs.note(offset, size, node.size_bytes, share));
+        let Some(next) = noted else {
+            return false;
+        };
+        if !next.is_empty() {
+            // What can't be opened the read says.
+            let asked = device.ask_ahead(next).unwrap_or_default();
+            self.seen.ahead(&node.name, asked);
+        }
+        true
     }
 
     /// Tries a held read once more.

@@ -6,6 +6,7 @@ mod support;
 use std::collections::HashSet;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -266,4 +267,105 @@ fn what_is_tried_again_waits_for_no_silent_peer() {
         reader.process.wait().unwrap();
     }
     until(|| mounted.0.held.since(Duration::ZERO).is_empty());
+}
+
+/// Reads a file in calls of so many bytes, at these offsets, by descriptors of its own.
+fn read_at(path: &PathBuf, offsets: impl Iterator<Item = usize>, length: usize, world: &World) {
+    let file = fs::File::open(path).unwrap();
+    let mut found = vec![0; length];
+    for offset in offsets {
+        let count = file.read_at(&mut found, offset as u64).unwrap();
+        let end = world.expected.len().min(offset + length);
+        let expected = &world.expected[offset.min(end)..end];
+        assert!(found[..count] == *expected, "at {offset}");
+    }
+}
+
+/// Who reads on, backward, in strides and at random, all at once.
+fn read_in_every_way(mounted: &Mounted, name: &str, world: &World) {
+    const CALL: usize = 96 << 10;
+    let (path, calls) = (mounted.path(name), world.expected.len().div_ceil(CALL));
+    std::thread::scope(|scope| {
+        let (path, backward) = (&path, (0..calls).rev().map(|at| at * CALL));
+        scope.spawn(move || read_at(path, (0..calls).map(|at| at * CALL), CALL, world));
+        scope.spawn(move || read_at(path, (calls / 2..calls).map(|at| at * CALL), CALL, world));
+        scope.spawn(move || read_at(path, backward, CALL, world));
+        scope.spawn(move || read_at(path, (0..calls).step_by(3).map(|at| at * CALL), CALL, world));
+        let (mut dice, end) = (Dice::new(5), world.expected.len() as u64);
+        let random = std::iter::repeat_with(move || dice.below(end) as usize);
+        scope.spawn(move || read_at(path, random.take(100), 5000, world));
+    });
+}
+
+#[test]
+fn whoever_reads_in_whatever_way_reads_the_device() {
+    for seed in 1..4 {
+        let world = match seed {
+            1 => World::straight(pages(6000, &mut Dice::new(seed))),
+            _ => World::new(seed, 4000, 5, seed % 2 == 0),
+        };
+        let (peer, far) = far(&world);
+        peer.act(move |request, _| match request as u64 % 7 {
+            // Found, and asked for again.
+            3 => Act::CutAfter(100_000),
+            5 => Act::Lie,
+            _ => Act::Slow(Duration::from_millis(request as u64 % 5)),
+        });
+        let mounted = Mounted::new(&[("far", &far), ("near", &world.spec)]);
+        read_in_every_way(&mounted, "near", &world);
+        read_in_every_way(&mounted, "far", &world);
+        assert_eq!(mounted.0.seen.of("near").ahead_bytes, 0);
+    }
+}
+
+#[test]
+fn what_follows_a_run_is_asked_for_once_and_is_there_when_it_is_read() {
+    let world = World::straight(pages(16_000, &mut Dice::new(6)));
+    let (peer, spec) = far(&world);
+    peer.always(Act::Slow(Duration::from_millis(5)));
+    let mounted = Mounted::new(&[("memory", &spec)]);
+    let calls = world.expected.len().div_ceil(1 << 17);
+    read_at(
+        &mounted.path("memory"),
+        (0..calls).map(|at| at << 17),
+        1 << 17,
+        &world,
+    );
+    let seen = mounted.0.seen.of("memory");
+    assert!(seen.ahead_bytes > world.spec.size_bytes / 2, "{seen:?}");
+    let mut ranges: Vec<_> = peer
+        .requests()
+        .into_iter()
+        .map(|(_, range)| range)
+        .collect();
+    let count = ranges.len();
+    ranges.sort_unstable();
+    ranges.dedup();
+    assert_eq!(ranges.len(), count, "{ranges:?}");
+}
+
+#[test]
+fn nothing_is_asked_for_ahead_of_a_reader_who_waits_for_a_damaged_frame() {
+    let world = World::straight(pages(16_000, &mut Dice::new(7)));
+    let (peer, spec) = far(&world);
+    let path = world.build_file(0);
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    let middle = good.len() / 2;
+    bad[middle] ^= 1;
+    fs::write(&path, &bad).unwrap();
+    let mounted = Mounted::new(&[("memory", &spec)]);
+    let file = mounted.path("memory");
+    std::thread::scope(|scope| {
+        let calls = world.expected.len().div_ceil(1 << 17);
+        let (file, world) = (&file, &world);
+        scope.spawn(move || read_at(file, (0..calls).map(|at| at << 17), 1 << 17, world));
+        until(|| mounted.0.seen.of("memory").stalls > 0);
+        let most = mounted.0.seen.of("memory").ahead_bytes;
+        let tried = peer.requests().len();
+        until(|| peer.requests().len() > tried + 2); // it is tried again, and no more than that
+        assert_eq!(mounted.0.seen.of("memory").ahead_bytes, most);
+        assert!(most < world.spec.size_bytes * 3 / 4, "{most}");
+        fs::write(&path, &good).unwrap();
+    });
 }
