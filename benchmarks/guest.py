@@ -144,6 +144,16 @@ class Bench:
 
     # -- work inside a guest ---------------------------------------------------------------------
 
+    def put_program(self, sandbox: str, name: str) -> None:
+        """Build a program of `peers` for a guest, and put it there, at /tmp/NAME."""
+        with tempfile.TemporaryDirectory() as place:
+            program = Path(place) / name
+            source = Path(__file__).parent / "peers" / f"{name}.c"
+            compiler = ["cc", "-O2", "-static", "-o", str(program), str(source)]
+            diapause = [sys.executable, "-m", "diapause", "--home", str(self.home.root)]
+            for command in (compiler, [*diapause, "cp", str(program), f"{sandbox}:/tmp/{name}"]):
+                subprocess.run(command, check=True, capture_output=True, timeout=EXEC_S)
+
     def fill(self, sandbox: str, size_mib: int) -> None:
         """Put so much memory to use, with bytes that don't compress."""
         self.run(sandbox, f"dd if=/dev/urandom of=/tmp/fill bs=1M count={size_mib} 2>/dev/null")

@@ -8,15 +8,11 @@ there when a resume begins, as after a collection.
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Literal
 
 from benchmarks.guest import Bench, wait_for
-from benchmarks.pager import ROOT, run
 from benchmarks.rows import Figure, Row
 from diapause.model import GcRequest, ResumeAnswer, ResumeRequest
 from diapause.units import GIB, MIB
@@ -35,15 +31,9 @@ class Ticker:
         self.bench, self.guest = bench, bench.boot(memory_bytes)
         self.console = bench.home.sandbox(self.guest) / "console.log"
         self.answers: list[ResumeAnswer] = []
-        with tempfile.TemporaryDirectory() as place:
-            program = Path(place) / "ticks"
-            source = ROOT / "benchmarks" / "peers" / "ticks.c"
-            run("cc", "-O2", "-static", "-o", str(program), str(source))
-            home = str(bench.home.root)
-            copy = [sys.executable, "-m", "diapause", "--home", home, "cp", str(program)]
-            run(*copy, f"{self.guest}:/tmp/ticks")
+        bench.put_program(self.guest, "ticks")
         start = f"setsid /tmp/ticks {noise_mib} </dev/null >/dev/ttyS0 2>&1 &"
-        bench.run(self.guest, f"chmod +x /tmp/ticks; sh -c '{start}'")
+        bench.run(self.guest, f"sh -c '{start}'")
         full = f"{noise_mib * MIB}".encode()
         wait_for(lambda: full in self.console.read_bytes(), "the guest's memory")
         self.snapshot = bench.pause(self.guest).snapshot

@@ -7,14 +7,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from benchmarks.guest import Bench, wait_for
-from benchmarks.pager import ROOT, example, run
+from benchmarks.pager import ROOT, example
 from benchmarks.rows import Figure, Row
 from diapause.daemon.start import daemon_command
 from diapause.model import ResumeRequest
@@ -35,15 +33,9 @@ class Toucher:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.guest, self.resumes = bench, bench.boot(), 0
-        with tempfile.TemporaryDirectory() as place:
-            program = Path(place) / "touch"
-            source = ROOT / "benchmarks" / "peers" / "touch.c"
-            run("cc", "-O2", "-static", "-o", str(program), str(source))
-            home = str(bench.home.root)
-            copy = [sys.executable, "-m", "diapause", "--home", home, "cp", str(program)]
-            run(*copy, f"{self.guest}:/tmp/touch")
+        bench.put_program(self.guest, "touch")
         start = f"setsid /tmp/touch {WORKING_SET_MIB} {_OUT} </dev/null >/dev/null 2>&1 &"
-        bench.run(self.guest, f"chmod +x /tmp/touch; sh -c '{start}'")
+        bench.run(self.guest, f"sh -c '{start}'")
         wait_for(lambda: self._lines() == 1, "the guest's memory")
         bench.pause(self.guest, "disk")
 

@@ -20,26 +20,6 @@ pytestmark = pytest.mark.vm
 ONDEMAND = ResumeRequest(memory_mode="ondemand")
 
 
-@pytest.fixture(scope="module")
-def ondemand(tiny_image: Image) -> Iterator[Daemon]:
-    """A home where memory is served unless somebody says otherwise."""
-    with real_home(tiny_image, DIAPAUSE_MEMORY_MODE="ondemand") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def first(ondemand: Daemon) -> Sandbox:
-    """Its guest."""
-    return ondemand.run()
-
-
-@pytest.fixture
-def sleeper(first: Sandbox) -> Iterator[Sandbox]:
-    """A fork of it."""
-    with first.forked() as fork:
-        yield fork
-
-
 @pytest.fixture
 def copying(tiny_image: Image) -> Iterator[Daemon]:
     """A home where memory is copied unless somebody says otherwise: flat files are made behind a
@@ -101,10 +81,9 @@ def on_copy(daemon: Daemon, guest: Sandbox) -> str:
     return snapshot
 
 
-def test_forks_stand_on_them_together_with_a_copy(ondemand: Daemon, sleeper: Sandbox) -> None:
+def test_forks_stand_on_them_together_with_a_copy(daemon: Daemon, guest: Sandbox) -> None:
     """They share the page cache with who maps the flat file itself; a fork that is served already
     goes on so; each is right."""
-    daemon, guest = ondemand, sleeper
     digests = guest.rewrite()
     paused = guest.pause("disk").snapshot
     with guest.forked(paused) as before:
@@ -123,9 +102,8 @@ def test_forks_stand_on_them_together_with_a_copy(ondemand: Daemon, sleeper: San
     assert guest.digests() == digests
 
 
-def test_a_flat_file_goes_only_when_nobody_runs_on_it(ondemand: Daemon, sleeper: Sandbox) -> None:
+def test_a_flat_file_goes_only_when_nobody_runs_on_it(daemon: Daemon, guest: Sandbox) -> None:
     """Neither by gc nor by a repair; nothing is damaged, nothing is lost."""
-    daemon, guest = ondemand, sleeper
     digests = guest.rewrite()
     snapshot = on_copy(daemon, guest)
     place = daemon.home.flat_of(snapshot)

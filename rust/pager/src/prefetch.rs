@@ -19,7 +19,7 @@ use crate::build::{Unreadable, AHEAD_MAX};
 use crate::device::{Device, Part};
 use crate::nodes::Node;
 use crate::server::{slices, Server};
-use crate::trace::{Trace, GRANULE};
+use crate::trace::{pieces, Trace, GRANULE};
 use crate::workers::Workers;
 
 /// How a medium is read ahead of guests.
@@ -134,21 +134,7 @@ fn plan(node: &Node, trace: &Trace, budget_bytes: u64, pace: &Pace) -> Vec<(u64,
             .take(most)
             .collect()
     });
-    let mut pieces: Vec<(u64, u64)> = Vec::new();
-    for some in wanted.chunks_mut(pace.sorted) {
-        some.sort_unstable();
-        for number in some {
-            let start = u64::from(*number) * GRANULE;
-            let length = GRANULE.min(node.size_bytes - start);
-            match pieces.last_mut() {
-                Some((first, so_far)) if *first + *so_far == start && *so_far < pace.piece => {
-                    *so_far += length;
-                }
-                _ => pieces.push((start, length)),
-            }
-        }
-    }
-    pieces
+    pieces(&mut wanted, node.size_bytes, pace.piece, pace.sorted)
 }
 
 impl Job {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::given::Given;
 use crate::server::Server;
-use crate::trace::{Trace, GRANULE};
+use crate::trace::{pieces, Trace, GRANULE};
 use crate::uffd::session::Session;
 use crate::uffd::{self, Scratch};
 use crate::workers::Workers;
@@ -140,25 +140,6 @@ fn granules_of(bytes: u64) -> usize {
     usize::try_from(bytes / GRANULE).unwrap_or(usize::MAX)
 }
 
-/// Granules as bytes of the device, neighbours together.
-fn pieces(wanted: &mut [u32], device_bytes: u64, piece: u64, sorted: usize) -> Vec<(u64, u64)> {
-    let mut pieces: Vec<(u64, u64)> = Vec::new();
-    for some in wanted.chunks_mut(sorted) {
-        some.sort_unstable();
-        for number in some {
-            let start = u64::from(*number) * GRANULE;
-            let length = GRANULE.min(device_bytes - start);
-            match pieces.last_mut() {
-                Some((first, so_far)) if *first + *so_far == start && *so_far < piece => {
-                    *so_far += length;
-                }
-                _ => pieces.push((start, length)),
-            }
-        }
-    }
-    pieces
-}
-
 impl Job {
     fn run(&self) {
         if self.session_soon().is_none() {
@@ -253,25 +234,6 @@ impl Patience {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn neighbours_are_one_piece_up_to_its_size_and_groups_keep_their_order() {
-        let found = pieces(
-            &mut [9, 8, 7, 1, 30, 2, 29],
-            30 * GRANULE + 4096,
-            2 * GRANULE,
-            4,
-        );
-        let wanted = [
-            (1, GRANULE),
-            (7, 2 * GRANULE),
-            (9, GRANULE),
-            (2, GRANULE),
-            (29, GRANULE + 4096),
-        ];
-        let wanted: Vec<_> = wanted.map(|(at, length)| (at * GRANULE, length)).into();
-        assert_eq!(found, wanted);
-    }
 
     #[test]
     fn what_is_planned_keeps_to_the_budget_and_to_the_device() {

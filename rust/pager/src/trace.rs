@@ -212,6 +212,32 @@ fn granule(bytes: &[u8]) -> Granule {
     }
 }
 
+/// Granules as parts of a device, offset and bytes each, neighbours together up to `piece_bytes`.
+/// So many of them at a time are sorted by their place: their order among themselves matters less
+/// than reads that are whole.
+pub fn pieces(
+    granules: &mut [u32],
+    device_bytes: u64,
+    piece_bytes: u64,
+    sorted: usize,
+) -> Vec<(u64, u64)> {
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    for some in granules.chunks_mut(sorted) {
+        some.sort_unstable();
+        for number in some {
+            let start = u64::from(*number) * GRANULE;
+            let length = GRANULE.min(device_bytes - start);
+            match pieces.last_mut() {
+                Some((first, so_far)) if *first + *so_far == start && *so_far < piece_bytes => {
+                    *so_far += length;
+                }
+                _ => pieces.push((start, length)),
+            }
+        }
+    }
+    pieces
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -336,5 +362,24 @@ mod tests {
             }
             prop_assert_eq!(Trace::from_bytes(&trace.to_bytes()).unwrap(), trace);
         }
+    }
+
+    #[test]
+    fn neighbours_are_one_piece_up_to_its_size_and_groups_keep_their_order() {
+        let found = pieces(
+            &mut [9, 8, 7, 1, 30, 2, 29],
+            30 * GRANULE + 4096,
+            2 * GRANULE,
+            4,
+        );
+        let wanted = [
+            (1, GRANULE),
+            (7, 2 * GRANULE),
+            (9, GRANULE),
+            (2, GRANULE),
+            (29, GRANULE + 4096),
+        ];
+        let wanted: Vec<_> = wanted.map(|(at, length)| (at * GRANULE, length)).into();
+        assert_eq!(found, wanted);
     }
 }
