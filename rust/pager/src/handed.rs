@@ -525,12 +525,13 @@ impl Told {
 }
 
 impl Witness for Told {
+    fn read(&self, offset: u64, bytes: u64) {
+        self.0.came.with(|given| given.read(offset, bytes));
+    }
+
     fn served(&self, served: &uffd::Served) {
         let seen = &self.0.server.seen;
         seen.served(&self.0.file, served.origin, served.bytes, served.latency);
-        if let Some((offset, bytes)) = served.device {
-            self.0.came.with(|given| given.read(offset, bytes));
-        }
         if served.stalled {
             self.0.set_stall(None);
         }

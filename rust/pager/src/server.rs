@@ -281,11 +281,12 @@ impl Server {
         let device = node.device(&self.open)?;
         let flows = self.read_ahead(node, &device, read);
         let origin = device.read(read.offset, read.size, parts)?;
-        self.reply(read.end, read.unique, &slices(parts));
         let bytes = parts.iter().map(Part::len).sum::<usize>() as u64;
+        // Before it is answered: what is asked for after that comes behind it.
+        node.with_given(|given| given.read(read.offset, bytes));
+        self.reply(read.end, read.unique, &slices(parts));
         self.seen
             .served(&node.name, origin, bytes, read.since.elapsed());
-        node.with_given(|given| given.read(read.offset, bytes));
         parts.clear(); // frames are let go of
         if flows {
             device.let_go(read.offset..read.offset + bytes);

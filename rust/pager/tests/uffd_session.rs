@@ -90,6 +90,19 @@ fn many_vms_are_served_at_once() {
 }
 
 #[test]
+fn what_was_read_is_told_before_it_is_answered() {
+    let server = server();
+    let (street, mut client) = scripted(&server, Options::default());
+    let notes = &street.house.notes;
+    let gate = notes.gate.lock().unwrap();
+    client.say("touch 40");
+    assert_eq!(client.line_within(Duration::from_millis(300)), None);
+    drop(gate);
+    assert_eq!(client.line(), page(40));
+    assert_eq!(notes.count(&format!("read {}", 128 << 10)), 1);
+}
+
+#[test]
 fn memory_is_right_with_a_source_that_is_slow_and_fails() {
     let server = server();
     let orders =

@@ -41,8 +41,6 @@ pub struct Served {
     pub origin: Origin,
     /// From reading the message to waking the thread.
     pub latency: Duration,
-    /// What of the device was read for them: the first byte and how many; None where nothing was.
-    pub device: Option<(u64, u64)>,
     /// Pages that were waited for.
     pub pages: u32,
     /// Bytes that are there now and were not before.
@@ -98,6 +96,9 @@ pub enum Ending {
 
 /// Who counts. Called by the threads that serve, so it returns at once.
 pub trait Witness: fmt::Debug + Send + Sync {
+    /// So many bytes of the device from `offset` on were read for faults that are answered next:
+    /// what is asked for after such an answer is told after it.
+    fn read(&self, _offset: u64, _bytes: u64) {}
     /// Faults were answered.
     fn served(&self, _served: &Served) {}
     /// An access waits for bytes that can't be had now; told once for each access.

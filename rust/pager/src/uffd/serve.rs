@@ -23,8 +23,6 @@ pub struct Scratch {
 /// How a window was filled.
 struct Answer {
     origin: Origin,
-    /// What of the device was read: the first byte and how many.
-    device: Option<(u64, u64)>,
     /// Pages.
     filled: u32,
 }
@@ -33,17 +31,12 @@ impl Session {
     /// Answers a fault, or has it tried again, or ends the VMM.
     pub(super) fn serve(&self, fault: Fault, scratch: &mut Scratch) {
         match self.answer(&fault, scratch) {
-            Ok(Answer {
-                origin,
-                device,
-                filled,
-            }) => {
+            Ok(Answer { origin, filled }) => {
                 let latency = fault.since.elapsed();
                 self.note_latency(latency);
                 self.guest().witness.served(&Served {
                     origin,
                     latency,
-                    device,
                     pages: fault.wanted.count_ones(),
                     bytes: u64::from(filled) * self.regions.list()[fault.window.region].page_size,
                     stalled: fault.stalled,
@@ -65,7 +58,7 @@ impl Session {
     /// Fills a window.
     fn answer(&self, fault: &Fault, scratch: &mut Scratch) -> Result<Answer, Trouble> {
         let filler = self.filler(fault.window);
-        let (mut first, mut origin, mut device) = (0, Origin::Zero, None);
+        let (mut first, mut origin) = (0, Origin::Zero);
         scratch.parts.clear();
         let data = filler.plan(fault.wanted).data;
         if data != 0 {
@@ -75,7 +68,8 @@ impl Session {
             let page_size = filler.region.page_size;
             let page = filler.window.first + u64::from(first);
             let length = u64::from(end - first) * page_size;
-            device = Some((filler.region.offset + page * page_size, length));
+            let offset = filler.region.offset + page * page_size;
+            self.guest().witness.read(offset, length);
         }
         let bytes = Bytes {
             first,
@@ -85,7 +79,6 @@ impl Session {
         scratch.parts.clear();
         Ok(Answer {
             origin,
-            device,
             filled: filled?,
         })
     }

@@ -175,6 +175,8 @@ pub struct Notes {
     notes: Mutex<HashMap<String, u64>>,
     changed: Condvar,
     pub bytes: AtomicU64,
+    /// Who holds it delays whoever tells what was read.
+    pub gate: Mutex<()>,
 }
 
 impl Notes {
@@ -202,6 +204,10 @@ impl Notes {
 }
 
 impl Witness for Notes {
+    fn read(&self, offset: u64, _bytes: u64) {
+        drop(self.gate.lock().unwrap_or_else(PoisonError::into_inner));
+        self.note(format!("read {offset}"));
+    }
     fn served(&self, served: &Served) {
         self.bytes.fetch_add(served.bytes, Ordering::Relaxed);
         self.note(
