@@ -58,10 +58,28 @@ struct MemoryText {
 #[derive(Debug)]
 struct Seat {
     watch: Arc<Watch>,
+    /// Who stands behind its sockets: one, so that it is known when nobody knocks any more.
+    door: Arc<Door>,
     /// Its socket, until it has come.
     listener: Option<u64>,
     /// Its memory, from then on.
-    session: Option<u64>,
+    vmm: Option<Vmm>,
+}
+
+impl Seat {
+    fn session(&self) -> Option<u64> {
+        self.vmm.as_ref().map(|vmm| vmm.session)
+    }
+}
+
+/// A VMM that has come.
+#[derive(Debug, Clone)]
+struct Vmm {
+    /// Its name at the server of page faults, which knows it a moment later than we do and forgets
+    /// it a moment earlier.
+    session: u64,
+    /// Itself: it says whether it lives.
+    process: Arc<Process>,
 }
 
 /// What is done by a thread of its own: whoever serves must not wait for the keeper.
@@ -144,6 +162,7 @@ impl Handed {
             .try_into()
             .map_err(|_| io::ErrorKind::InvalidData)?;
         let watch = self.watch(sandbox, &text.file, Came::late())?;
+        let process = Process::from(vmm.try_clone()?);
         let mut seats = self.lock();
         let kept = uffd::Kept {
             uffd,
@@ -153,9 +172,13 @@ impl Handed {
         };
         let session = self.uffd()?.take_up(kept, watch.guest())?;
         let seat = Seat {
+            door: Arc::new(Door(watch.clone())),
             watch,
             listener: None,
-            session: Some(session),
+            vmm: Some(Vmm {
+                session,
+                process: Arc::new(process),
+            }),
         };
         seats.insert(sandbox.to_owned(), seat);
         Ok(())
@@ -175,7 +198,7 @@ impl Handed {
             .try_into()
             .map_err(|_| io::ErrorKind::InvalidData)?;
         let watch = self.watch(sandbox, &text.file, Came::default())?;
-        self.open_door(&mut self.lock(), watch, listener)
+        self.open_door(&mut self.lock(), Arc::new(Door(watch)), listener)
     }
 
     /// Kills a VMM that can't be served any more, and lets go of it.
@@ -204,19 +227,23 @@ impl Handed {
             Some(seat) if seat.watch.file != file => {
                 return Err(format!("{sandbox} is served from {}", seat.watch.file));
             }
-            Some(Seat {
-                session: Some(id), ..
-            }) if self.is_served(*id) => {
+            Some(Seat { vmm: Some(vmm), .. }) if !vmm.process.ended(Duration::ZERO) => {
                 return Ok(()); // it was asked again, and the VMM has come meanwhile
             }
             Some(Seat {
-                session: Some(_), ..
+                vmm: Some(_),
+                listener,
+                ..
             }) => {
-                seats.remove(sandbox); // of a VMM that is dead
+                // Of a VMM that is dead. Its coming may not be noted yet, nor its end.
+                if let Some(id) = *listener {
+                    self.uffd().map_err(words)?.stop_listening(id);
+                }
+                seats.remove(sandbox);
                 self.drop_entries(sandbox);
                 None
             }
-            Some(seat) => Some((seat.watch.clone(), seat.listener)),
+            Some(seat) => Some((seat.door.clone(), seat.listener)),
             None => None,
         };
         let text = DoorText {
@@ -228,40 +255,34 @@ impl Handed {
         self.keep
             .put(&key, &text, Some(vec![same]))
             .map_err(words)?;
-        let (watch, old) = match before {
+        let (door, old) = match before {
             // Who came to the old socket is the one that is waited for at the new one.
-            Some((watch, old)) => (watch, old),
-            None => (
-                self.watch(sandbox, file, Came::default()).map_err(words)?,
-                None,
-            ),
+            Some((door, old)) => (door, old),
+            None => {
+                let watch = self.watch(sandbox, file, Came::default()).map_err(words)?;
+                (Arc::new(Door(watch)), None)
+            }
         };
         if let Some(id) = old {
             self.uffd().map_err(words)?.stop_listening(id);
         }
-        self.open_door(&mut seats, watch, listener).map_err(words)
-    }
-
-    fn is_served(&self, session: u64) -> bool {
-        let uffd = self.uffd().ok();
-        let session = uffd.and_then(|uffd| uffd.session(session));
-        // One that was admitted this moment is not there yet: its process is.
-        session.is_none_or(|session| !session.vmm().process().ended(Duration::ZERO))
+        self.open_door(&mut seats, door, listener).map_err(words)
     }
 
     fn open_door(
         &self,
         seats: &mut HashMap<String, Seat>,
-        watch: Arc<Watch>,
+        door: Arc<Door>,
         listener: OwnedFd,
     ) -> io::Result<()> {
-        let host = Arc::new(Door(watch.clone()));
-        let id = self.uffd()?.listen(UnixListener::from(listener), host)?;
-        let sandbox = watch.sandbox.clone();
+        let listener = UnixListener::from(listener);
+        let id = self.uffd()?.listen(listener, door.clone())?;
+        let sandbox = door.0.sandbox.clone();
         let seat = Seat {
-            watch,
+            watch: door.0.clone(),
+            door,
             listener: Some(id),
-            session: None,
+            vmm: None,
         };
         seats.insert(sandbox, seat);
         Ok(())
@@ -272,12 +293,12 @@ impl Handed {
     /// # Errors
     /// It can't be ended, and is served on.
     pub fn leave(&self, sandbox: &str) -> Result<(), String> {
-        let (listener, session) = {
+        let (listener, vmm) = {
             let mut seats = self.lock();
             let Some(seat) = seats.get_mut(sandbox) else {
                 return Ok(());
             };
-            let found = (seat.listener.take(), seat.session);
+            let found = (seat.listener.take(), seat.vmm.clone());
             if found.1.is_none() {
                 seats.remove(sandbox); // who comes now is not admitted
             }
@@ -287,10 +308,10 @@ impl Handed {
         if let Some(id) = listener {
             uffd.stop_listening(id);
         }
-        if let Some(id) = session {
-            uffd.kill(id);
-            let client = self.server.clients.get(sandbox);
-            if client.is_some_and(|client| !client.process().ended(END_MAX)) {
+        if let Some(Vmm { session, process }) = vmm {
+            uffd.kill(session);
+            process.kill(); // where the server does not know it yet
+            if !process.ended(END_MAX) {
                 return Err(format!("{sandbox} can't be ended"));
             }
         }
@@ -304,7 +325,7 @@ impl Handed {
         let (session, watch) = {
             let seats = self.lock();
             let seat = seats.get(sandbox)?;
-            (seat.session, seat.watch.clone())
+            (seat.session(), seat.watch.clone())
         };
         let state = session.and_then(|id| self.uffd().ok()?.state(id));
         Some(match state {
@@ -398,7 +419,7 @@ impl Handed {
     fn admit(&self, watch: &Arc<Watch>, id: u64, keep: &uffd::Keep<'_>) -> io::Result<Guest> {
         let mut seats = self.lock();
         let seat = seats.get_mut(&watch.sandbox);
-        let seat = seat.filter(|seat| Arc::ptr_eq(&seat.watch, watch) && seat.session.is_none());
+        let seat = seat.filter(|seat| Arc::ptr_eq(&seat.watch, watch) && seat.vmm.is_none());
         let seat = seat.ok_or_else(|| io::Error::other("nobody is waited for"))?;
         let client = self.server.clients.get(&watch.sandbox);
         let client = client.ok_or(io::ErrorKind::NotFound)?;
@@ -420,6 +441,7 @@ impl Handed {
             return Err(io::ErrorKind::NotConnected.into()); // the number may be another's already
         }
         let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
+        let process = Arc::new(vmm.try_clone()?);
         let fds = vec![own(keep.uffd)?, vmm.into(), own(keep.ledger)?, leash];
         let text = MemoryText {
             file: watch.file.clone(),
@@ -427,27 +449,28 @@ impl Handed {
         };
         let key = format!("uffd/{}", watch.sandbox);
         self.keep.put(&key, &text, Some(fds))?;
-        seat.session = Some(id);
+        seat.vmm = Some(Vmm {
+            session: id,
+            process,
+        });
         let _ = self.chores.send((watch.clone(), Chore::Came));
         Ok(watch.guest())
     }
 
-    /// All who knocked were sent away: nothing of the VMM was lost.
-    fn wait_on(&self, watch: &Arc<Watch>) {
+    /// Keeps whether somebody knocked. Where all were sent away, nothing of the VMM was lost.
+    fn knocked(&self, watch: &Arc<Watch>, knocked: bool) -> io::Result<()> {
         let seats = self.lock();
         let seat = seats.get(&watch.sandbox);
-        let waits = |seat: &&Seat| Arc::ptr_eq(&seat.watch, watch) && seat.session.is_none();
+        let waits = |seat: &&Seat| Arc::ptr_eq(&seat.watch, watch) && seat.vmm.is_none();
         if seat.filter(waits).is_none() {
-            return;
+            return Ok(()); // nobody is waited for: whoever comes is not admitted
         }
         let text = DoorText {
             file: watch.file.clone(),
-            knocked: false,
+            knocked,
         };
-        let key = format!("door/{}", watch.sandbox);
-        if let Err(error) = self.keep.put(&key, &text, None) {
-            eprintln!("{}: {error}", watch.sandbox);
-        }
+        self.keep
+            .put(&format!("door/{}", watch.sandbox), &text, None)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Seat>> {
@@ -588,12 +611,7 @@ impl Host for Door {
     }
 
     fn knocked(&self) -> io::Result<()> {
-        let (handed, sandbox) = (self.handed()?, &self.0.sandbox);
-        let text = DoorText {
-            file: self.0.file.clone(),
-            knocked: true,
-        };
-        handed.keep.put(&format!("door/{sandbox}"), &text, None)
+        self.handed()?.knocked(&self.0, true)
     }
 
     fn admitted(&self, id: u64, keep: &uffd::Keep<'_>) -> io::Result<Guest> {
@@ -605,8 +623,9 @@ impl Host for Door {
     }
 
     fn deserted(&self) {
-        if let Ok(handed) = self.handed() {
-            handed.wait_on(&self.0);
+        let Ok(handed) = self.handed() else { return };
+        if let Err(error) = handed.knocked(&self.0, false) {
+            eprintln!("{}: {error}", self.0.sandbox);
         }
     }
 }

@@ -15,7 +15,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use diapause_pager::trace::Trace;
 use nix::libc::SIGKILL;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use pair_of_processes::{end, Pair};
 use serde_json::{json, Value};
 use support::World;
@@ -147,6 +150,40 @@ fn the_next_of_a_sandbox_is_let_in_the_moment_the_last_is_dead() {
         pair.wait("it has come", || pair.seen("one")["uffd"]["came"] == true);
         client.child.kill().unwrap();
         client.child.wait().unwrap();
+    }
+}
+
+/// The pager's own notes are held up by a trace on a disk that does not answer.
+#[test]
+fn the_next_is_let_in_before_the_end_of_the_last_is_noted() {
+    let (pair, _world) = pair();
+    let trace = pair.directory.path().join("slow.memory");
+    Trace::empty(SIZE).with(&[1], &[1]).write(&trace).unwrap();
+    let (path, listener) = pair.bind("slow");
+    let mut slow = Client::start(&path, &orders(true));
+    pair.listen("slow", FILE, slow.child.id(), &listener)
+        .unwrap();
+    let prefetch = json!({"prefetch":
+        {"name": FILE, "trace": trace, "budget_bytes": MIB, "sandbox": "slow"}});
+    pair.ask(&prefetch, &[]).unwrap();
+    fs::remove_file(&trace).unwrap();
+    mkfifo(&trace, Mode::S_IRWXU).unwrap();
+    slow.say("connect");
+    assert_eq!(slow.line(), "ready");
+    touch(&mut slow, 9);
+
+    let (path, listener) = pair.bind("one");
+    for round in 0..8 {
+        let mut client = announced(&pair, &path, &listener);
+        client.say("connect");
+        assert_eq!(client.line(), "ready");
+        touch(&mut client, round);
+        client.child.kill().unwrap();
+        client.child.wait().unwrap();
+        pair.wait("it is not served any more", || {
+            pair.seen("one")["uffd"]["pages"].is_null()
+        });
+        assert_eq!(pair.seen("one")["uffd"]["came"], true, "its end is noted");
     }
 }
 

@@ -37,7 +37,7 @@ impl Handed {
             let key = format!("ahead/{sandbox}");
             let kept = self.keep.put(&key, &text, Some(Vec::new()));
             kept.map_err(|error| error.to_string())?;
-            seat.session // who comes from now on finds it there
+            seat.session() // who comes from now on finds it there
         };
         if let Some(session) = session {
             self.replay(&watch, session, &found, budget_bytes)?;
@@ -91,7 +91,7 @@ impl Handed {
         let found = self
             .lock()
             .get(sandbox)
-            .map(|seat| (seat.watch.clone(), seat.session));
+            .map(|seat| (seat.watch.clone(), seat.session()));
         let Some((watch, Some(session))) = found else {
             return;
         };
@@ -132,6 +132,6 @@ impl Handed {
         if seat.watch.file != file {
             return Err(format!("{sandbox} is served from {}", seat.watch.file));
         }
-        Ok((seat.watch.clone(), seat.session))
+        Ok((seat.watch.clone(), seat.session()))
     }
 }

@@ -13,7 +13,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -70,6 +70,8 @@ const BELL: u64 = u64::MAX;
 
 /// A socket and who stands behind it.
 pub type Listening = (Arc<UnixListener>, Arc<dyn Host>);
+/// The same with its name.
+pub type Named = (u64, Listening);
 
 /// Workers and what they work at.
 #[derive(Debug)]
@@ -177,15 +179,25 @@ impl Crew {
         id
     }
 
-    /// One less.
+    /// One less: nobody is taken in there when this has returned.
     pub fn stop_listening(&self, id: u64) {
         lock(&self.listeners).remove(&id);
         self.ring();
     }
 
     /// All sockets.
-    pub fn listeners(&self) -> Vec<Listening> {
-        lock(&self.listeners).values().cloned().collect()
+    pub fn listeners(&self) -> Vec<Named> {
+        let listeners = lock(&self.listeners);
+        let all = listeners.iter().map(|(id, one)| (*id, one.clone()));
+        all.collect()
+    }
+
+    /// Who waits at a socket; none where it is not listened at any more: whoever listens there now
+    /// takes him in.
+    pub fn accept(&self, id: u64) -> Option<UnixStream> {
+        let listeners = lock(&self.listeners);
+        let (listener, _) = listeners.get(&id)?;
+        Some(listener.accept().ok()?.0)
     }
 
     /// What wakes the thread at the door.

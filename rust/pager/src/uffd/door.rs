@@ -1,7 +1,6 @@
 //! The thread that lets peers in, wakes what is stalled and watches the bounds.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixListener;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use super::crew::{Crew, WATCH};
+use super::crew::{Crew, Named, WATCH};
 use super::handshake::{Offer, Pending, Refusal};
 use super::host::Host;
 use super::ledger::Ledger;
@@ -28,8 +27,8 @@ pub fn tend(crew: &Arc<Crew>) {
         let stepped = catch_unwind(AssertUnwindSafe(|| {
             let mut peers = std::mem::take(&mut pending);
             let mut hosts: Vec<_> = peers.iter().map(|peer| peer.host().clone()).collect();
-            for (listener, host) in ready.iter().map(|&number| &listeners[number]) {
-                greet(crew, listener, host, &mut peers);
+            for (id, (_, host)) in ready.iter().map(|&number| &listeners[number]) {
+                greet(crew, *id, host, &mut peers);
                 hosts.push(host.clone());
             }
             let left = advance(crew, peers);
@@ -42,14 +41,9 @@ pub fn tend(crew: &Arc<Crew>) {
 }
 
 /// Until something happens, or until then; the numbers of listeners at which somebody waits.
-fn wait(
-    crew: &Crew,
-    listeners: &[(Arc<UnixListener>, Arc<dyn Host>)],
-    pending: &[Pending],
-    until: Instant,
-) -> Vec<usize> {
+fn wait(crew: &Crew, listeners: &[Named], pending: &[Pending], until: Instant) -> Vec<usize> {
     let mut fds = vec![PollFd::new(crew.bell(), PollFlags::POLLIN)];
-    let doors = listeners.iter().map(|(listener, _)| listener.as_fd());
+    let doors = listeners.iter().map(|(_, (listener, _))| listener.as_fd());
     let all = doors.chain(pending.iter().map(|pending| pending.stream().as_fd()));
     fds.extend(all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
     let left = until.saturating_duration_since(Instant::now());
@@ -75,11 +69,11 @@ fn tell_deserted(mut hosts: Vec<Arc<dyn Host>>, peers: &[Pending]) {
 }
 
 /// Takes in who has connected.
-fn greet(crew: &Crew, listener: &UnixListener, host: &Arc<dyn Host>, peers: &mut Vec<Pending>) {
+fn greet(crew: &Crew, listener: u64, host: &Arc<dyn Host>, peers: &mut Vec<Pending>) {
     // Not more than there is room for, so that others have their turn.
     for _ in 0..crew.limits().handshakes.max(1) {
         let known = host.knocked();
-        let Ok((stream, _)) = listener.accept() else {
+        let Some(stream) = crew.accept(listener) else {
             return;
         };
         if let Err(error) = known {
