@@ -4,6 +4,7 @@
 
 mod uffd_support;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -17,10 +18,11 @@ use diapause_pager::packet;
 use diapause_pager::uffd::ioctl::{event, Uffd};
 use diapause_pager::uffd::ledger::{Fact, Ledger};
 use diapause_pager::uffd::{Guest, Kept, Limits, Options, Regions, Server};
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc::SIGKILL;
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use serde_json::json;
-use uffd_support::{pattern, peer_program, Client, House, Notes, Ruled};
+use uffd_support::{pattern, peer_program, Client, House, Notes, Ruled, LONG};
 
 const MIB: u64 = 1 << 20;
 
@@ -248,12 +250,19 @@ fn a_vmm_that_can_not_be_taken_up_is_killed() {
 }
 
 /// Huge pages that the kernel keeps for us, while we live; as many as it gives.
-struct HugePages(String);
+///
+/// The machine has one number of them: who runs this at the same time, and puts back what there
+/// was before, takes ours, so one goes after the other.
+struct HugePages {
+    before: String,
+    _turn: Flock<File>,
+}
 
 impl HugePages {
     const PATH: &'static str = "/proc/sys/vm/nr_hugepages";
 
     fn reserve(count: usize) -> (Self, usize) {
+        let turn = Self::turn();
         let before = std::fs::read_to_string(Self::PATH).unwrap_or_default();
         let had: usize = before.trim().parse().unwrap_or(0);
         let _ = std::fs::write(Self::PATH, (had + count).to_string());
@@ -261,13 +270,32 @@ impl HugePages {
         let line = free.lines().find(|line| line.starts_with("HugePages_Free"));
         let free = line.and_then(|line| line.split_whitespace().nth(1));
         let free = free.map_or(0, |free| free.parse().unwrap());
-        (Self(before), free)
+        let reserved = Self {
+            before,
+            _turn: turn,
+        };
+        (reserved, free)
+    }
+
+    fn turn() -> Flock<File> {
+        let until = Instant::now() + LONG;
+        let mut file = File::open(Self::PATH).unwrap();
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(turn) => return turn,
+                Err((same, error)) => {
+                    assert!(Instant::now() < until, "{error}");
+                    file = same;
+                }
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        let _ = std::fs::write(Self::PATH, &self.0);
+        let _ = std::fs::write(Self::PATH, &self.before);
     }
 }
 
