@@ -16,6 +16,7 @@ use crate::clients::{Cause, ClientText};
 use crate::kept::{reap, start_other, Kept, Word, LINK_WAIT};
 use crate::log;
 use crate::packet::{self, Packet};
+use crate::prefetch::STORES;
 use crate::process::Process;
 
 /// Deaths in a row, each soon after its start, that are taken for the last.
@@ -24,8 +25,11 @@ const SOON: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
 /// How long a pager may be silent where nobody says otherwise.
 const SILENT_MS: u64 = 30_000;
-/// How often a pager that says nothing is thought of.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often a pager that says nothing is thought of. One that was killed in a store is seen by
+/// that alone, and whoever touches a page waits meanwhile.
+const LOOK: Duration = Duration::from_millis(100);
+/// The same of one that was killed here.
+const LOOK_AT_END: Duration = Duration::from_millis(10);
 
 /// The pager, as its keeper sees it: the link and a handle of the process.
 pub type Other = (OwnedFd, Process);
@@ -58,7 +62,7 @@ pub fn keep(mut kept: Kept, mut pager: Option<Other>) -> io::Result<()> {
                 }
                 // A pager that lives on without its keeper could answer beside the next one.
                 process.kill();
-                if !process.ended(LINK_WAIT) {
+                if !can_be_followed(&process) {
                     end_guests(&mut kept, Guests::All);
                     return Err(io::Error::other("the pager can't be ended"));
                 }
@@ -82,6 +86,19 @@ pub fn keep(mut kept: Kept, mut pager: Option<Other>) -> io::Result<()> {
     }
 }
 
+/// Whether a pager that was killed has ended, or will once the next one answers: a thread of it
+/// that stores waits for a page that is being read, and can't be ended. What it stores is verified,
+/// and it writes nothing else; an answer to what the kernel was asked again for it could not give.
+fn can_be_followed(process: &Process) -> bool {
+    let until = Instant::now() + LINK_WAIT;
+    while !process.ended(LOOK_AT_END) && !process.is_left_in(STORES) {
+        if Instant::now() >= until {
+            return false;
+        }
+    }
+    true
+}
+
 /// Does what the pager says, until it ends or is silent for too long.
 fn listen(link: &OwnedFd, process: &Process, kept: &mut Kept) -> End {
     let silent_max = Duration::from_millis(silent_ms(kept));
@@ -93,9 +110,14 @@ fn listen(link: &OwnedFd, process: &Process, kept: &mut Kept) -> End {
                 Some(end) => return end,
                 None => silent = Duration::ZERO,
             },
+            // Neither its handle nor the link says so, which is still open in it.
+            Ok(None) if process.is_left_in(STORES) => return End::Died,
             // What this process slept through as well, in a machine that stood still, says
             // nothing of the other.
-            Ok(None) => silent += began.elapsed().min(LOOK),
+            Ok(None) => {
+                silent += began.elapsed().min(LOOK);
+                reap(); // one before it that ended late
+            }
             Err(()) => return End::Died,
         }
     }

@@ -111,6 +111,32 @@ impl Process {
         }
     }
 
+    /// Whether it was killed and only threads of this name are left of it, which wait where no
+    /// signal reaches them: it does nothing any more but what those are at. Its handle does not say
+    /// so (a thread's handle neither, since Linux 6.15). False where `/proc` can't tell.
+    pub fn is_left_in(&self, name: &str) -> bool {
+        let Ok(pid) = self.pid() else {
+            return false;
+        };
+        let first = fs::read_to_string(format!("/proc/{pid}/stat"));
+        if !first.is_ok_and(|stat| has_ended(task_of(&stat).1)) {
+            return false;
+        }
+        let left = fs::read_dir(format!("/proc/{pid}/task")).and_then(|tasks| {
+            let stats = tasks.map(|task| fs::read_to_string(task?.path().join("stat")));
+            stats.collect::<io::Result<Vec<_>>>()
+        });
+        // One that ends meanwhile fails the whole look; the next one is soon.
+        let harmless = left.is_ok_and(|stats| {
+            stats
+                .iter()
+                .map(|stat| task_of(stat))
+                .all(|(comm, state)| has_ended(state) || (comm == name && state == "D"))
+        });
+        // The number was its own all along: nobody has it before the process is reaped.
+        harmless && self.pid().is_ok_and(|now| now == pid)
+    }
+
     /// Its number, as this process sees it.
     ///
     /// # Errors
@@ -133,6 +159,17 @@ impl Process {
     }
 }
 
+/// A thread's name and state, of the text of its `stat`.
+fn task_of(stat: &str) -> (&str, &str) {
+    let (_, rest) = stat.split_once(" (").unwrap_or_default();
+    let (name, rest) = rest.rsplit_once(") ").unwrap_or_default();
+    (name, rest.split(' ').next().unwrap_or_default())
+}
+
+fn has_ended(state: &str) -> bool {
+    matches!(state, "Z" | "X")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,9 +182,17 @@ mod tests {
         let process = Process::open(pid).unwrap();
         assert!(!process.ended(Duration::ZERO));
         assert_eq!(process.try_clone().unwrap().pid().unwrap(), pid);
+        assert!(!process.is_left_in("sleep"));
         process.kill();
         assert!(process.ended(Duration::from_secs(60)));
+        assert!(process.is_left_in("store")); // nothing of it is
         child.wait().unwrap();
-        assert!(process.pid().is_err());
+        assert!(process.pid().is_err() && !process.is_left_in("store"));
+    }
+
+    #[test]
+    fn a_name_of_any_kind_is_read() {
+        assert_eq!(task_of("12 (a) (b) D 1 2\n"), ("a) (b", "D"));
+        assert_eq!(task_of("nothing"), ("", ""));
     }
 }

@@ -18,6 +18,7 @@ pub(crate) type Job = Box<dyn FnOnce() + Send>;
 pub(crate) struct Workers {
     queue: Arc<(Mutex<Queue>, Condvar)>,
     most: usize,
+    name: &'static str,
 }
 
 #[derive(Default)]
@@ -38,9 +39,15 @@ impl fmt::Debug for Workers {
 
 impl Workers {
     pub(crate) fn new(most: usize) -> Self {
+        Self::named("fetch", most)
+    }
+
+    /// The same, under a name of their own.
+    pub(crate) fn named(name: &'static str, most: usize) -> Self {
         Self {
             queue: Arc::default(),
             most: most.max(1),
+            name,
         }
     }
 
@@ -71,7 +78,7 @@ impl Workers {
         queue.threads += 1;
         drop(queue);
         let shared = self.queue.clone();
-        let named = thread::Builder::new().name("fetch".into());
+        let named = thread::Builder::new().name(self.name.into());
         let started = named.stack_size(STACK_BYTES).spawn(move || work(&shared));
         if started.is_err() {
             let mut queue = self.lock();

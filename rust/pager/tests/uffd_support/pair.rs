@@ -83,7 +83,7 @@ impl Pair {
         packet::send(connection.as_fd(), &json!({"hello": {}}), &[]).unwrap();
         let mut answer = packet::receive(connection.as_fd()).unwrap().unwrap();
         let mount = answer.fds.remove(0).into_raw_fd();
-        PathBuf::from(format!("/proc/self/fd/{mount}"))
+        PathBuf::from(format!("/proc/{}/fd/{mount}", std::process::id()))
     }
 
     pub fn log(&self) -> PathBuf {
