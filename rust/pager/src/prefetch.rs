@@ -51,11 +51,11 @@ const LOCAL_AT_ONCE: usize = 8;
 const YIELD: Duration = Duration::from_millis(5);
 const YIELD_STEP: Duration = Duration::from_micros(100);
 
-/// One kind of medium does not wait for the other.
 /// What threads are called that store. Where one waits for a page, a signal does not end it: a
 /// pager that is killed lives on in such threads alone, until its successor answers the read.
 pub const STORES: &str = "store";
 
+/// One kind of medium does not wait for the other.
 static LOCAL_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::named(STORES, LOCAL_AT_ONCE));
 static REMOTE_WORKERS: LazyLock<Workers> = LazyLock::new(|| Workers::named(STORES, AHEAD_MAX));
 
