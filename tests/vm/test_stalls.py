@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +16,7 @@ from diapause.errors import DiapauseError
 from diapause.guest.images import Image
 from diapause.model import CheckRequest, ResumeRequest, Stalled
 from tests.framework.blob_peer import BlobPeer, Mode, blob_peer
+from tests.framework.blobs import damage
 from tests.framework.fake_home import eventually
 from tests.framework.run_served import served_command
 from tests.framework.sandbox import WAIT_S, Aside, Daemon, Sandbox, real_home
@@ -100,16 +100,6 @@ def is_killed(guest: Sandbox, read: Aside, blob: str) -> None:
     eventually("its end", lambda: guest.state == "failed", WAIT_S)
     assert blob in (guest.inspect().reason or "")
     assert isinstance(read.wait(), (DiapauseError, AssertionError))
-
-
-def damage(blob: Path) -> None:
-    """Turn over a bit of every byte of its frames where they lie; its table stays."""
-    blob.chmod(0o600)
-    data = blob.read_bytes()
-    table = int.from_bytes(data[-48:-40], "little")
-    with blob.open("r+b") as file:
-        file.seek(32)
-        file.write(bytes(byte ^ 1 for byte in data[32:table]))
 
 
 def with_a_copy(daemon: Daemon) -> tuple[Sandbox, str, str, str]:

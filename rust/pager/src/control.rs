@@ -239,10 +239,12 @@ fn hello(service: &Arc<Service>) -> Answered {
         .keeper_pid()
         .map_err(|error| error.to_string())?;
     let mount = service.server.fuse.mount_fd().try_clone();
+    let device = service.server.fuse.device_number();
+    let (_, connection) = device.map_err(|error| error.to_string())?;
     let said = serde_json::json!({
         "instance": service.settings.instance, "pid": std::process::id(),
         "keeper_pid": keeper, "version": env!("CARGO_PKG_VERSION"),
-        "kernel_minor": minor, "replaceable": resend,
+        "kernel_minor": minor, "replaceable": resend, "connection": connection,
     });
     Ok((said, vec![mount.map_err(|error| error.to_string())?]))
 }

@@ -15,7 +15,7 @@
 
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::uio::writev;
@@ -280,11 +280,27 @@ fn open_device() -> io::Result<OwnedFd> {
     Ok(device.into())
 }
 
+/// Ends a connection by its number, whoever holds its device: what waits for it gets an error. By
+/// the kernel's list of connections where the system has it, else by a mount of our own.
+///
+/// # Errors
+/// There is no such connection, or it is another user's.
+pub fn abort(connection: u32) -> io::Result<()> {
+    let open = |place: String| OpenOptions::new().write(true).open(place);
+    let known = open(format!("/sys/fs/fuse/connections/{connection}/abort"));
+    let mut file = known.or_else(|_| {
+        let list = mounted(&context_of(c"fusectl")?)?;
+        open(format!(
+            "/proc/self/fd/{}/{connection}/abort",
+            list.as_raw_fd()
+        ))
+    })?;
+    file.write_all(b"1")
+}
+
 /// A mount of a connection; who has no descriptor of it can't name a file on it.
 fn mount_of(device: &OwnedFd, audience: Audience) -> io::Result<OwnedFd> {
-    // SAFETY: the name is NUL-terminated and outlives the call.
-    let context =
-        answered(unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), FSOPEN_CLOEXEC) })?;
+    let context = context_of(c"fuse")?;
     let number = |value: u32| std::ffi::CString::new(value.to_string()).unwrap_or_default();
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
     let fd = number(device.as_raw_fd() as u32);
@@ -307,7 +323,18 @@ fn mount_of(device: &OwnedFd, audience: Audience) -> io::Result<OwnedFd> {
     for flag in wanted {
         configure(&context, FSCONFIG_SET_FLAG, Some(flag), None)?;
     }
-    configure(&context, FSCONFIG_CMD_CREATE, None, None)?;
+    mounted(&context)
+}
+
+/// A mount of a kind of file system, to be configured.
+fn context_of(kind: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the name is NUL-terminated and outlives the call.
+    answered(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), FSOPEN_CLOEXEC) })
+}
+
+/// What was configured, as a descriptor and nothing else.
+fn mounted(context: &OwnedFd) -> io::Result<OwnedFd> {
+    configure(context, FSCONFIG_CMD_CREATE, None, None)?;
     let attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
     // SAFETY: only numbers are passed.
     answered(unsafe {

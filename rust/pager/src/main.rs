@@ -2,6 +2,7 @@
 //!
 //! `probe`: whether this host lets us mount FUSE, tried and let go of.
 //! `mount`: mounts it in a user namespace, for whoever is at the end of its standard input.
+//! `abort`: ends a connection that a pair left which is dead; its number is the second argument.
 //! `start`: the daemon's word. It starts `first` and ends, so that the two are nobody's children.
 //! `first`: its standard input is a SOCK_SEQPACKET socket that what is kept comes from: settings,
 //! and the socket for clients. It becomes the keeper and starts the pager.
@@ -12,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, ExitCode};
 
-use diapause_pager::fuse::Fuse;
+use diapause_pager::fuse::{self, Fuse};
 use diapause_pager::kept::Kept;
 use diapause_pager::process::Process;
 use diapause_pager::service::Service;
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     match run(&role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            eprintln!("usage: diapause-pager probe|mount|start|first|keeper|pager NAME");
+            eprintln!("usage: diapause-pager probe|mount|abort|start|first|keeper|pager NAME");
             ExitCode::from(2)
         }
         Err(error) => {
@@ -34,7 +35,9 @@ fn main() -> ExitCode {
 }
 
 fn run(role: &str) -> io::Result<()> {
-    let roles = ["probe", "mount", "start", "first", "keeper", "pager"];
+    let roles = [
+        "probe", "mount", "abort", "start", "first", "keeper", "pager",
+    ];
     if !roles.contains(&role) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -44,8 +47,12 @@ fn run(role: &str) -> io::Result<()> {
     if role == "mount" {
         return namespace::make(io::stdin().as_fd());
     }
+    let name = std::env::args().nth(2).unwrap_or_default();
+    if role == "abort" {
+        let number = name.parse().map_err(|_| io::ErrorKind::InvalidInput)?;
+        return fuse::abort(number);
+    }
     if role == "start" {
-        let name = std::env::args().nth(2).unwrap_or_default();
         return Command::new("/proc/self/exe")
             .args(["first", &name])
             .spawn()

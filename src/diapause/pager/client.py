@@ -54,6 +54,7 @@ class Pager:
         self._guard = threading.Lock()
         self._connection: socket.socket | None = None
         self._mount = -1
+        self._noted: int | None = None  # the connection behind the mount
 
     def pair(self, *, start: bool) -> Pair:
         """Who is there; started where nobody is and `start` says so. Raises PagerUnavailable."""
@@ -73,6 +74,9 @@ class Pager:
 
     def _hello(self) -> Pair:
         said, [mount] = self._ask({"hello": {}}, ())
+        if (connection := said.get("connection")) not in (None, self._noted):
+            process.note_connection(self._home, connection)
+            self._noted = connection
         if self._mount >= 0:
             os.dup2(mount, self._mount, inheritable=False)  # paths through it stay as they are
             os.close(mount)
@@ -211,6 +215,11 @@ class Pager:
             except OSError as error:
                 self._drop()
                 if time.monotonic() > deadline:
+                    if not process.lives(self._home):
+                        # Both were killed, and a thread that gives the kernel a page waits in there
+                        # for a read of it that nobody answers, and holds what they had.
+                        process.abort(self._home)
+                        raise Absent from error
                     cause = f"the pager does not answer: {error}"
                     raise PagerUnavailable(cause=cause) from error
                 time.sleep(_BETWEEN_S)

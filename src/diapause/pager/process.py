@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -17,18 +18,54 @@ from typing import TYPE_CHECKING, Any
 
 from diapause.errors import PagerUnavailable
 from diapause.limits import LOG_BYTES_MAX, PAGER_S, PAGER_SILENT_S, PAGER_STALL_S
+from diapause.store.boot import boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from diapause.store.home import Home
 
+log = logging.getLogger("diapause.pager")
 PROGRAM = Path(__file__).parent.parent / "native" / "diapause-pager"
 
 
 def name_of(home: Home) -> str:
     """The argument by which both processes are found."""
     return f"diapause-pager-{home.key}"
+
+
+def lives(home: Home) -> bool:
+    """Whether one of the two does. One that was killed and can't end yet has no arguments left."""
+    name = os.fsencode(name_of(home))
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if name in (entry / "cmdline").read_bytes().split(b"\0"):
+                    return True
+    return False
+
+
+def note_connection(home: Home, connection: int) -> None:
+    """Which FUSE connection the pair has, for whoever finds it dead."""
+    with contextlib.suppress(OSError):  # a full disk: then it may be left
+        home.pager_connection.write_text(f"{boot_id()} {connection}")
+
+
+def abort(home: Home) -> None:
+    """End the FUSE connection of a pair that is dead and is held by a thread of it: what waits for
+    an answer gets an error. While it is held its number is nobody else's."""
+    try:
+        boot, connection = home.pager_connection.read_text().split()
+        if boot != boot_id():
+            return
+        subprocess.run(
+            [str(PROGRAM), "abort", connection], capture_output=True, text=True, check=True,
+            timeout=PAGER_S,
+        )  # fmt: skip
+    except subprocess.CalledProcessError as error:  # perhaps it has ended
+        log.warning("the connection of a dead pager is left: %s", error.stderr.strip())
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        log.warning("the connection of a dead pager is left: %s", error)
 
 
 def probe() -> str | None:

@@ -143,6 +143,11 @@ class Home:
         return self.sockets / "pager.sock"
 
     @property
+    def pager_connection(self) -> Path:
+        """Which FUSE connection the pager has, and in which boot."""
+        return self.sockets / "pager.fuse"
+
+    @property
     def pager_log(self) -> Path:
         return self.root / "pager.log"
 
