@@ -47,8 +47,12 @@ def lives(home: Home) -> bool:
 
 def note_connection(home: Home, connection: int) -> None:
     """Which FUSE connection the pair has, for whoever finds it dead."""
-    with contextlib.suppress(OSError):  # a full disk: then it may be left
-        home.pager_connection.write_text(f"{boot_id()} {connection}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(home.pager_connection, flags, 0o600), "w") as file:
+            file.write(f"{boot_id()} {connection}")
+    except OSError as error:  # a full disk: then it may be left
+        log.warning("the pager's connection is not noted: %s", error)
 
 
 def abort(home: Home) -> None:
